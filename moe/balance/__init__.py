@@ -1,0 +1,1 @@
+"""Balance of the experts: what is counted (statistics), over which tokens (load), and the losses made of it."""

@@ -1,0 +1,61 @@
+"""Experts: the expert weights of this rank, and the backend that runs them.
+
+Weights stand in Hugging Face order: `gate_up_proj` [E_local, 2F, D] (gate rows first), `down_proj` [E_local, D, F].
+"""
+
+import torch
+from torch import Tensor, nn
+
+from moe.parallel.dispatch import check_expert_split
+from moe.parallel.groups import ParallelGroups
+from moe.routing import Assignment
+from moe_kernels.backends import resolve_backend
+
+
+class Experts(nn.Module):
+    """The experts `first_expert` .. `first_expert + num_local_experts - 1` of a pool of `num_experts`.
+
+    Raises ValueError if the pool cannot be split evenly over the expert group or the backend cannot run here.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        groups: ParallelGroups,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        check_expert_split(num_experts, groups.ep_size)
+        self.num_experts = num_experts
+        self.num_local_experts = num_experts // groups.ep_size
+        self.first_expert = groups.ep_rank * self.num_local_experts
+        self.gate_up_proj = nn.Parameter(
+            torch.empty(self.num_local_experts, 2 * intermediate_size, hidden_size)
+        )
+        self.down_proj = nn.Parameter(torch.empty(self.num_local_experts, hidden_size, intermediate_size))
+        self.backend, self._run = resolve_backend(backend, device=groups.device, dtype=self.down_proj.dtype)
+
+    def forward(self, x_RD: Tensor, assignment: Assignment) -> Tensor:
+        """Return y_RD, the weighted sum of each row's local experts. `assignment` speaks of local expert ids."""
+        return self._run(
+            x_RD,
+            assignment.token_N,
+            assignment.expert_N,
+            assignment.weight_N,
+            self.gate_up_proj,
+            self.down_proj,
+            fan_out=assignment.fan_out,
+        )
+
+
+def expert_places(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return, for each expert parameter of `module` by name, (experts in its pool, first expert on this rank)."""
+    return {
+        f"{prefix}.{name}" if prefix else name: (experts.num_experts, experts.first_expert)
+        for prefix, experts in module.named_modules()
+        if isinstance(experts, Experts)
+        for name, _ in experts.named_parameters()
+    }

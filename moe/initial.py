@@ -1,0 +1,56 @@
+"""Initial weights: a function of (seed, parameter name, global expert id), whatever the layout.
+
+    weights                normal(0, initializer_range)
+    o_proj and down_proj   normal(0, initializer_range / sqrt(2 * num_hidden_layers)), as in GPT-2: each of
+                           the 2L branches that add to the residual stream brings its share of variance
+    norms 1, biases 0, selection bias 0
+
+Not truncated, as in the Hugging Face and Megatron models. Each tensor, and each expert of a stack, is drawn
+in float32 on the CPU from a generator of its own, then cast: every dtype, device, rank and expert split holds
+the same model.
+"""
+
+import hashlib
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe.blocks.norm import RMSNorm
+from moe.experts import Experts
+from moe.model import Model
+
+# the last projection of each residual branch: attention, dense feed-forward and shared expert, routed experts
+_RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
+
+
+@torch.no_grad()
+def initialise(model: Model, *, seed: int) -> None:
+    """Fill every parameter and buffer of `model` in place; the same values on every layout."""
+    std = model.config.initializer_range
+    residual_std = std / math.sqrt(2 * model.config.num_hidden_layers)
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
+            scale = residual_std if name.endswith(_RESIDUAL_OUTPUTS) else std
+            if isinstance(module, RMSNorm):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            elif isinstance(module, Experts):
+                for local, weight in enumerate(parameter):
+                    weight.copy_(scale * _draw(weight.shape, f"{seed}/{name}/{module.first_expert + local}"))
+            else:
+                parameter.copy_(scale * _draw(parameter.shape, f"{seed}/{name}"))
+        for buffer in module.buffers(recurse=False):
+            # buffers hold what controllers learn (selection bias); all of it starts at zero
+            buffer.zero_()
+
+
+def _draw(shape: torch.Size, key: str) -> Tensor:
+    """Return standard normal float32 on the CPU, a pure function of `key`."""
+    # torch's CPU generator reads 32 bits of its seed, so of ten thousand tensors two may well get the same
+    # numbers; Python's hash() differs from process to process
+    digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
+    generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+    return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))

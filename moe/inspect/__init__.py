@@ -1,0 +1,1 @@
+"""What experts learned: which domains they prefer, as figures and as pictures."""

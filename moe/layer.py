@@ -1,0 +1,64 @@
+"""MoELayer: route, dispatch, run, combine; plus the shared expert.
+
+x -> router -> plan            float32 and integers; never recomputed, so a recompute cannot route differently
+       |
+       +-> dispatch -> experts -> combine -> + shared expert -> y      recomputed under activation checkpointing
+"""
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe.experts import Experts
+from moe.parallel.dispatch import Dispatcher, Plan
+from moe.routers import Router
+from moe.routing import RouterContext, Routing
+
+
+class MoELayer(nn.Module):
+    """Sparse feed-forward layer: built parts in, statistics out, no globals.
+
+    Args:
+        router: chooses experts among those of `experts` (or of the pool passed to forward).
+        dispatcher: moves rows between the ranks of the expert group.
+        experts: the layer's own pool; None where layers share one, passed to forward.
+        shared_expert: applied to every token and added.
+        activation_checkpointing: recompute everything after the router in backward.
+    """
+
+    def __init__(
+        self,
+        *,
+        router: Router,
+        dispatcher: Dispatcher,
+        experts: Experts | None = None,
+        shared_expert: nn.Module | None = None,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+        self.shared_expert = shared_expert
+        self.activation_checkpointing = activation_checkpointing
+        self._dispatcher = dispatcher
+
+    def forward(
+        self, x_BSD: Tensor, context: RouterContext, *, experts: Experts | None = None
+    ) -> tuple[Tensor, list[Routing]]:
+        """Return (y_BSD, the routings of this layer)."""
+        pool = experts if experts is not None else self.experts
+        assert pool is not None, "a layer without experts of its own needs a pool"
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        routing = self.router(x_TD, context)
+        plan = self._dispatcher.plan(routing.assignment, num_tokens=x_TD.shape[0])
+        if self.activation_checkpointing and self.training:
+            y_TD = checkpoint(self._run, x_TD, plan, pool, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y_TD = self._run(x_TD, plan, pool)
+        return y_TD.reshape(x_BSD.shape), [routing]
+
+    def _run(self, x_TD: Tensor, plan: Plan, pool: Experts) -> Tensor:
+        x_RD, received = self._dispatcher.dispatch(x_TD, plan)
+        y_TD = self._dispatcher.combine(pool(x_RD, received), plan)
+        if self.shared_expert is not None:
+            y_TD = y_TD + self.shared_expert(x_TD)
+        return y_TD

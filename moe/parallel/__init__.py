@@ -1,0 +1,1 @@
+"""Which ranks hold which experts (groups), and how rows travel between them (dispatch)."""

@@ -1,0 +1,69 @@
+"""Model configurations of published architectures, from the config.json of their checkpoints.
+
+Context length, balance coefficients and the like belong to a recipe; the router's score and weights belong
+here.
+"""
+
+from moe.model import ModelConfig
+from moe.routers.topk import TopKConfig
+
+
+def mixtral_8x7b() -> ModelConfig:
+    """Return Mixtral-8x7B (arXiv 2401.04088): 46.7B parameters, 12.9B active."""
+    return ModelConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=32768,
+        tie_word_embeddings=False,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=14336,
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        router=TopKConfig(norm_topk_prob=True),
+    )
+
+
+def olmoe_1b_7b() -> ModelConfig:
+    """Return OLMoE-1B-7B (arXiv 2409.02060): 6.9B parameters, 1.3B active."""
+    return ModelConfig(
+        vocab_size=50304,
+        hidden_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        num_experts=64,
+        num_experts_per_tok=8,
+        moe_intermediate_size=1024,
+        qk_norm="full",
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        router=TopKConfig(norm_topk_prob=False),
+    )
+
+
+def qwen3_30b_a3b() -> ModelConfig:
+    """Return Qwen3-30B-A3B (arXiv 2505.09388): 30.5B parameters, 3.3B active."""
+    return ModelConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        max_position_embeddings=40960,
+        tie_word_embeddings=False,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        intermediate_size=6144,
+        qk_norm="head",
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        router=TopKConfig(norm_topk_prob=True),
+    )

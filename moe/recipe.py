@@ -1,0 +1,319 @@
+"""Recipe: a whole run as one value; and `launch`, which runs it.
+
+A recipe script builds a Recipe and hands it to `main`, which adds the command line:
+
+    torchrun --nproc-per-node 2 recipes/quickstart.py --parallel.ep-size 2 --trainer.steps 100
+
+Everything a user can get wrong is checked before DeepSpeed is imported and before anything is allocated.
+"""
+
+import json
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import tyro
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+
+from moe.balance.load import BalanceConfig
+from moe.checkpoint import CheckpointReader, RunLockedError
+from moe.data.batching import BatchConfig
+from moe.data.prepare import DataConfig, prepare, validate_data
+from moe.data.store import PreparedData
+from moe.data.tokens import BatchStream
+from moe.data.unigram import unigram_losses
+from moe.initial import initialise
+from moe.model import Model, ModelConfig
+from moe.parallel.agree import on_first_rank
+from moe.parallel.dispatch import check_expert_split
+from moe.parallel.groups import ParallelConfig, ParallelGroups, launched_world_size, start_process_group
+from moe.plan import plan_text
+from moe.report import ReportInput, next_commands, print_report
+from moe.run import RecipeError, RunFolder, Start, read_rows
+from moe.sample import complete
+from moe.train import prepare_environment
+from moe.train.console import RunConsole
+from moe.train.evaluate import DomainEvaluation
+from moe.train.optimizer import OptimizerConfig
+from moe.train.schedule import ScheduleConfig, TrainerConfig
+from moe.train.tracker import Tracker, TrackerConfig
+from moe_kernels.backends import resolve_backend
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything a run depends on. The same recipe and seed give the same run on every layout."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    name: str  # of the run folder, runs_dir/name
+    seed: int = 0
+    runs_dir: str = "runs"
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    trainer: TrainerConfig
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    backend: str = "auto"  # how expert weights are run; `moe doctor` lists what works here
+
+    def validate(self, *, world_size: int, check_data: bool = True) -> None:
+        """Raise RecipeError for the first value that cannot work on `world_size` ranks. Takes milliseconds.
+
+        `check_data` also looks at the files that `data` names; a dry run does without them.
+        """
+        try:
+            if not self.name or Path(self.name).name != self.name:
+                raise ValueError(f"name = {self.name!r} must be a plain folder name")
+            self.model.validate()
+            self.parallel.validate(world_size=world_size)
+            if self.model.moe_layers:
+                check_expert_split(self.model.num_experts, self.parallel.ep_size)
+            self.batch.validate(
+                world_size=world_size, max_position_embeddings=self.model.max_position_embeddings
+            )
+            self.balance.validate()
+            self.optimizer.validate()
+            self.trainer.validate()
+            self.schedule.validate(steps=self.trainer.steps)
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            resolve_backend(self.backend, device=device, dtype=self.dtype)
+            if check_data:
+                validate_data(self.data)
+            if not self.data.tokenizer:
+                check_vocabulary(self.model.vocab_size, self.data.vocab_size)
+        except RecipeError:
+            raise
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations and working weights are held in."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.parallel.dtype]
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where the run is kept."""
+        return RunFolder(path=Path(self.runs_dir) / self.name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe as JSON-able values; `read_recipe` reads them back."""
+        return _ADAPTER.dump_python(self, mode="json")
+
+
+_ADAPTER = TypeAdapter(Recipe)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Return the recipe of a recipe.json. Raises RecipeError naming the fields that are unknown or wrong."""
+    try:
+        return _ADAPTER.validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise RecipeError(f"no recipe at {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{path} is not JSON: {error}") from error
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()
+        ]
+        raise RecipeError(f"{path}: {'; '.join(problems)}") from error
+
+
+def check_vocabulary(model_size: int, tokenizer_size: int) -> None:
+    """Raise RecipeError if the tokenizer makes tokens that the model has no row for."""
+    if tokenizer_size > model_size:
+        raise RecipeError(
+            f"the tokenizer has {tokenizer_size} tokens but model.vocab_size = {model_size}; "
+            f"set model.vocab_size to at least {tokenizer_size} (a multiple of 64 runs fastest)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """The command line of a recipe script."""
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    resume: bool = False  # continue the newest complete checkpoint of the run folder
+    dry_run: bool = False  # print parameters, memory per rank and tokens; start nothing
+    world_size: int = 0  # ranks to assume in a dry run; 0 means as launched
+
+
+def main(recipe: Recipe, args: list[str] | None = None) -> None:
+    """Run `recipe` with the overrides of the command line. Ends the process with 2 if the recipe cannot be used."""
+    command = tyro.cli(Command, default=Command(recipe=recipe), args=args, description=recipe.name)
+    try:
+        if command.dry_run:
+            world_size = command.world_size or launched_world_size()
+            command.recipe.validate(world_size=world_size, check_data=False)
+            print(_plan(command.recipe, world_size=world_size))
+        else:
+            launch(command.recipe, resume=command.resume)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _plan(recipe: Recipe, *, world_size: int) -> str:
+    return plan_text(
+        model=recipe.model,
+        batch=recipe.batch,
+        parallel=recipe.parallel,
+        steps=recipe.trainer.steps,
+        world_size=world_size,
+    )
+
+
+def launch(recipe: Recipe, *, resume: bool = False) -> None:
+    """Train `recipe` to its end on the ranks torchrun started, or on this process alone. Collective.
+
+    Raises:
+        RecipeError: the recipe, the run folder or the data cannot be used; nothing has been trained.
+    """
+    recipe.validate(world_size=launched_world_size())
+    is_ours = not dist.is_initialized()
+    device = start_process_group(timeout_s=recipe.parallel.timeout_s)
+    try:
+        groups = ParallelGroups.create(ep_size=recipe.parallel.ep_size, device=device)
+        with ExitStack() as stack:
+            start = on_first_rank(groups, lambda: _open_folder(recipe, resume, stack))
+            if start.action == "finished":
+                if groups.rank == 0:
+                    print(f"{recipe.folder.path} is finished ({start.checkpoint}); nothing to do")
+                    print(next_commands(recipe.folder.path))
+                return
+            data = _prepare_data(recipe, groups)
+            _train(recipe, start, data, groups)
+    finally:
+        if is_ours:
+            dist.destroy_process_group()
+
+
+def _open_folder(recipe: Recipe, resume: bool, stack: ExitStack) -> Start:
+    """Lock the run folder until `stack` closes, and see what it holds. Rank 0 only."""
+    try:
+        stack.enter_context(recipe.folder.lock())
+    except RunLockedError as error:
+        raise RecipeError(str(error)) from error
+    return recipe.folder.open(recipe.to_json(), resume=resume, steps=recipe.trainer.steps)
+
+
+def _prepare_data(recipe: Recipe, groups: ParallelGroups) -> PreparedData:
+    """Build or open the prepared data: rank 0 builds, then every rank opens."""
+    try:
+        if groups.rank == 0:
+            on_first_rank(groups, lambda: prepare(recipe.data, report=print).fingerprint)
+        else:
+            on_first_rank(groups, lambda: "")
+        data = prepare(recipe.data, report=lambda _: None)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    check_vocabulary(recipe.model.vocab_size, data.vocab_size)
+    return data
+
+
+def _train(recipe: Recipe, start: Start, data: PreparedData, groups: ParallelGroups) -> None:
+    reader = _open_checkpoint(start, data)
+    prepare_environment(groups.device.type)
+    # DeepSpeed comes in here: a recipe that fails a check does not pay for its import
+    from moe.train.engine import Engine
+    from moe.train.step import TrainStep
+    from moe.train.trainer import Trainer
+
+    with torch.device(groups.device):
+        model = Model(
+            recipe.model,
+            groups=groups,
+            backend=recipe.backend,
+            activation_checkpointing=recipe.parallel.activation_checkpointing,
+        )
+    if reader is None:
+        initialise(model, seed=recipe.seed)
+    engine = Engine(model=model, groups=groups, optimizer=recipe.optimizer, parallel=recipe.parallel)
+    is_first = groups.rank == 0
+    tracker = (
+        Tracker(recipe.folder.path, config=recipe.tracker, name=recipe.name, recipe=recipe.to_json())
+        if is_first
+        else None
+    )
+    console = RunConsole(
+        total_steps=recipe.trainer.steps,
+        first_step=reader.state["step"] if reader else 0,
+        is_silent=not is_first,
+    )
+    trainer = Trainer(
+        engine=engine,
+        train_step=TrainStep(engine=engine, groups=groups, balance=recipe.balance, seed=recipe.seed),
+        stream=BatchStream(
+            data=data,
+            seed=recipe.seed,
+            global_sequences=recipe.batch.global_sequences,
+            sequence_length=recipe.batch.sequence_length,
+        ),
+        data=data,
+        groups=groups,
+        config=recipe.trainer,
+        batch=recipe.batch,
+        optimizer=recipe.optimizer,
+        schedule=recipe.schedule,
+        run_dir=recipe.folder.path,
+        state={"recipe": recipe.to_json(), "data_fingerprint": data.fingerprint},
+        tracker=tracker,
+        console=console,
+    )
+    if reader is not None:
+        console.say(f"continuing {start.checkpoint}")
+        trainer.restore(reader)
+    try:
+        evaluations = trainer.run()
+    finally:
+        console.close()
+        if tracker is not None:
+            tracker.close()
+    _report(recipe, model, data, evaluations, groups)
+    engine.close()
+
+
+def _open_checkpoint(start: Start, data: PreparedData) -> CheckpointReader | None:
+    if start.checkpoint is None:
+        return None
+    reader = CheckpointReader.open(start.checkpoint, check_hashes=False)  # rank 0 has just checked them
+    if reader.state["data_fingerprint"] != data.fingerprint:
+        raise RecipeError(
+            f"{start.checkpoint} was trained on other data (fingerprint {reader.state['data_fingerprint']}, "
+            f"now {data.fingerprint}); bring the data back, or start a run of another --name"
+        )
+    return reader
+
+
+def _report(
+    recipe: Recipe,
+    model: Model,
+    data: PreparedData,
+    evaluations: dict[str, DomainEvaluation],
+    groups: ParallelGroups,
+) -> None:
+    """Print what came of the run. Collective: under expert parallelism every rank takes part in sampling."""
+    prompt = "The "
+    text = complete(model, data.tokenizer_dir, prompt, max_new_tokens=80, seed=recipe.seed)
+    if groups.rank:
+        return
+    report = ReportInput(
+        run_dir=recipe.folder.path,
+        script=sys.argv[0],
+        rows=read_rows(recipe.folder.metrics_file),
+        unigram=unigram_losses(data),
+        evaluations=evaluations,
+        sample_prompt=prompt,
+        sample_text=text,
+        moe_layers=recipe.model.moe_layers,
+    )
+    print_report(report, Console(highlight=False))

@@ -1,0 +1,80 @@
+"""Routers: modules that choose experts for tokens. One file each, found through `ROUTERS`.
+
+A router is two things: a frozen configuration (what a recipe holds and the command line edits) and the module it
+builds. The configuration is what is registered; its `kind` is the name in recipe.json.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, ClassVar
+
+from pydantic import TypeAdapter, WrapSerializer, WrapValidator
+from torch import Tensor, nn
+
+from moe.routing import RouterContext, Routing
+from moe_kernels.registry import Registry
+
+
+class Router(nn.Module):
+    """Chooses experts for tokens. Moves nothing, sums nothing over ranks, stores nothing in forward."""
+
+    num_candidates: int  # experts it may choose among (its layer's, or those of a group of layers)
+
+    def forward(self, x_TD: Tensor, context: RouterContext) -> Routing:
+        """Return the routing of T tokens. Everything up to the weights is computed in float32."""
+        raise NotImplementedError
+
+    def end_step(self, tokens_per_expert_E: Tensor, context: RouterContext) -> None:
+        """Learn from the step's global counts (int64), once per optimizer step: selection bias, opening of a pool."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Base of all router configurations."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+    kind: ClassVar[str]
+
+    def validate(self, *, num_experts: int, num_experts_per_tok: int) -> None:
+        """Raise ValueError with the value, the limit and the remedy if the router cannot be built."""
+        raise NotImplementedError
+
+    def build(
+        self, *, hidden_size: int, num_experts: int, num_experts_per_tok: int, layer_index: int
+    ) -> Router:
+        """Return the router of one layer, weights uninitialised."""
+        raise NotImplementedError
+
+
+ROUTERS: Registry[type[RouterConfig]] = Registry("router", package=__name__)
+
+
+def register(kind: str):
+    """Return a class decorator that files a RouterConfig under `kind` and tells the class its name."""
+
+    def add(config: type[RouterConfig]) -> type[RouterConfig]:
+        config.kind = kind
+        return ROUTERS.register(kind)(config)
+
+    return add
+
+
+# pydantic picks the wrong member of an undiscriminated union and drops fields of subclasses, so the field goes through
+# the registry in both directions
+def _read(value: Any, _handler: Any) -> RouterConfig:
+    if isinstance(value, RouterConfig):
+        return value
+    if not isinstance(value, dict) or "kind" not in value:
+        raise ValueError(f"a router is an object with a 'kind' among {', '.join(ROUTERS)}, not {value!r}")
+    kind = value["kind"]
+    if kind not in ROUTERS:
+        raise ValueError(f"router kind {kind!r} is unknown; known are {', '.join(ROUTERS)}")
+    return TypeAdapter(ROUTERS[kind]).validate_python(
+        {name: v for name, v in value.items() if name != "kind"}
+    )
+
+
+def _write(value: RouterConfig, _handler: Any) -> dict[str, Any]:
+    return {"kind": value.kind, **{field.name: getattr(value, field.name) for field in fields(value)}}
+
+
+AnyRouter = Annotated[RouterConfig, WrapValidator(_read), WrapSerializer(_write)]

@@ -1,0 +1,47 @@
+"""Who goes where, with what weight: the records that routers return and everything downstream reads.
+
+Letters (docs/words.md): T tokens, D width, E experts, N routed (token, expert) rows, K experts per token.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assignment:
+    """Which expert sees which token, and how much its answer counts. One row per (token, expert) pair."""
+
+    token_N: Tensor  # int64, 0..T-1
+    expert_N: Tensor  # int64, 0..E-1; E marks an unused row (skipped, never multiplied by 0)
+    weight_N: Tensor  # float32; the gradient of the output reaches the router through it
+    num_experts: int
+    fan_out: int | None  # K if every token owns exactly K consecutive rows, else None (ragged)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """What a router returns; losses, metrics and controllers read only this."""
+
+    assignment: Assignment
+    logits_TE: Tensor  # float32, raw; what the z-loss reads. Never overwritten.
+    probs_TE: Tensor  # float32, rows sum to 1; what the balance loss reads
+    valid_T: Tensor | None = None  # bool, False on padding: not dispatched, not counted
+    active_E: Tensor | None = None  # bool, experts open at this step (pool growth); None means all
+    identity_weight_T: Tensor | None = None  # weight of the token itself (zero-computation experts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterContext:
+    """Everything a router may know besides x; the same on every layout.
+
+    Noise is seeded by `position_T`, the global index of a token within its optimizer step, never by rank or
+    micro-batch: a run is a function of its recipe, not of its layout.
+    """
+
+    seed: int = 0  # of the run; with step, layer and position it seeds every draw
+    step: int = 0  # optimizer step
+    progress: float = 0.0  # share of training done, 0..1
+    round: int = 0  # chain of experts
+    valid_T: Tensor | None = None  # bool
+    position_T: Tensor | None = None  # int64

@@ -1,0 +1,131 @@
+"""Run folder: what a name on disk holds, and whether a launch may start, continue or leave it alone.
+
+runs/<name>/  recipe.json   metrics.jsonl   checkpoints/step_00000100/   lock   (report pictures)
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moe.checkpoint import CheckpointReader, RunLock, newest_checkpoint, remove_leftovers, write_json_atomic
+
+# what may change between a run and its continuation: where and how often, not what is computed
+_FREE_ON_RESUME = (
+    "parallel",
+    "backend",
+    "tracker",
+    "runs_dir",
+    "batch.micro_sequences",
+    "trainer.log_every",
+    "trainer.eval_every",
+    "trainer.save_every",
+    "trainer.eval_sequences",
+    "trainer.keep_checkpoints",
+    "data.cache_dir",
+)
+
+
+class RecipeError(ValueError):
+    """A recipe, a run folder or data that cannot be used; the message says what, why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a launch does with a folder."""
+
+    action: Literal["new", "resume", "finished"]
+    checkpoint: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """The folder of one run; rank 0 alone writes to it, checkpoints apart."""
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.path / "checkpoints"
+
+    def lock(self) -> RunLock:
+        """Take the folder for this process. Raises RunLockedError naming the owner."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return RunLock.acquire(self.path)
+
+    def open(self, recipe: dict[str, Any], *, resume: bool, steps: int, report: Any = print) -> Start:
+        """Return what to do, with recipe.json written and rows past the checkpoint dropped from metrics.jsonl.
+
+        Raises:
+            RecipeError: the folder holds a run and `resume` is not set, or the recipe differs where it must not.
+        """
+        if not self.recipe_file.exists() and not self.checkpoints_dir.exists():
+            write_json_atomic(self.recipe_file, recipe)
+            return Start(action="new")
+        remove_leftovers(self.checkpoints_dir)
+        newest = newest_checkpoint(self.checkpoints_dir, report=report)
+        if newest is not None:
+            reader = CheckpointReader.open(newest, check_hashes=False)
+            self._check_same(recipe, reader.state["recipe"])
+            if reader.state["step"] >= steps:
+                return Start(action="finished", checkpoint=newest)
+        if not resume:
+            where = f"its newest checkpoint is {newest.name}" if newest else "it has no complete checkpoint"
+            raise RecipeError(
+                f"{self.path} holds a run already ({where}); add --resume to continue it, choose another --name, "
+                "or remove the folder"
+            )
+        write_json_atomic(self.recipe_file, recipe)
+        if newest is None:
+            report(f"{self.path} holds no complete checkpoint; starting from step 0")
+        self._drop_rows_after(0 if newest is None else reader.state["step"])
+        return Start(action="resume" if newest else "new", checkpoint=newest)
+
+    def _check_same(self, recipe: dict[str, Any], saved: dict[str, Any]) -> None:
+        differences = [
+            f"{name} = {new!r} (the run has {old!r})"
+            for name, new, old in _differences(recipe, saved)
+            if not any(name == free or name.startswith(f"{free}.") for free in _FREE_ON_RESUME)
+        ]
+        if differences:
+            raise RecipeError(
+                f"{self.path} holds a run of another recipe: {'; '.join(differences)}; "
+                "choose another --name, or set these fields back"
+            )
+
+    def _drop_rows_after(self, step: int) -> None:
+        """Rewrite metrics.jsonl without what the continued run will log again, and mark the place."""
+        rows = read_rows(self.metrics_file)
+        kept = [row for row in rows if row["step"] <= step] if step else []
+        marker = {"step": step, "resume": True, "dropped_rows": len(rows) - len(kept)}
+        text = "".join(json.dumps(row) + "\n" for row in [*kept, marker])
+        temporary = self.metrics_file.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.metrics_file)
+
+
+def read_rows(metrics_file: Path) -> list[dict[str, Any]]:
+    """Return the complete rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not metrics_file.exists():
+        return []
+    lines = metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _differences(new: Any, old: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(new, dict) and isinstance(old, dict):
+        keys = list(dict.fromkeys([*new, *old]))
+        return [
+            difference
+            for key in keys
+            for difference in _differences(new.get(key), old.get(key), f"{name}.{key}" if name else key)
+        ]
+    return [] if new == old else [(name, new, old)]

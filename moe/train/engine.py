@@ -1,0 +1,162 @@
+"""Engine: forward, backward, step and state of a model under DeepSpeed 0.19, on one CPU process as on many GPUs.
+
+What DeepSpeed does: shards optimizer state (ZeRO 1) and gradients (ZeRO 2), reduces gradients, keeps float32 masters.
+What it does not do here: count micro-batches, scale the loss, or schedule anything. The caller hands `backward` one
+scalar whose gradient, averaged over the ranks, is the gradient of the step.
+
+At stage 0 DeepSpeed 0.19.8 returns no gradient norm, clips wrongly under expert parallelism and applies NaN gradients;
+there, norm, clipping and the skip run in the torch optimizer's step pre-hook.
+"""
+
+import contextlib
+import io
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from moe.parallel.groups import ParallelConfig, ParallelGroups
+from moe.train.adoption import adopt, is_expert_parameter, split_expert_groups
+from moe.train.optimizer import OptimizerConfig, parameter_groups
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    grad_norm: float  # over all parameters of the model, before clipping
+    is_skipped: bool  # the norm was not finite and no parameter moved
+
+
+class Engine:
+    """A model under DeepSpeed.
+
+    Args:
+        model: built on `groups.device`, weights initialised in float32.
+        groups: of this rank; the default process group must be initialised.
+        optimizer: AdamW settings.
+        parallel: ZeRO stage and dtype.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        groups: ParallelGroups,
+        optimizer: OptimizerConfig,
+        parallel: ParallelConfig,
+    ) -> None:
+        deepspeed_logger.setLevel(logging.ERROR)
+        _switch_off_shared_memory_op()
+        adopt(model, groups)
+        self.groups = groups
+        self.zero_stage = parallel.zero_stage
+        self.max_grad_norm = optimizer.max_grad_norm
+        self.torch_optimizer = torch.optim.AdamW(
+            split_expert_groups(parameter_groups(model, weight_decay=optimizer.weight_decay)),
+            lr=optimizer.learning_rate,
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.eps,
+            fused=True,
+        )
+        self._hook_norm = math.nan
+        if self.zero_stage == 0:
+            self.torch_optimizer.register_step_pre_hook(self._clip_before_step)
+        with contextlib.redirect_stdout(io.StringIO()):  # the bf16 optimizer prints memory tables unasked
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=self.torch_optimizer, config=_deepspeed_config(parallel, optimizer)
+            )
+
+    @property
+    def module(self) -> nn.Module:
+        """The model; parameters keep their names."""
+        return self._engine.module
+
+    @property
+    def zero_optimizer(self) -> Any:
+        """DeepSpeed's optimizer of stages 1 and 2, for moe.train.state."""
+        return self._engine.optimizer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, a scalar, to the step's."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, *, learning_rate: float) -> StepResult:
+        """Reduce, clip, update and clear the gradients of the micro-batches since the last step."""
+        for group in self.torch_optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        norm = self._hook_norm if self.zero_stage == 0 else float(self._engine.get_global_grad_norm())
+        return StepResult(grad_norm=norm, is_skipped=not math.isfinite(norm))
+
+    def close(self) -> None:
+        """Release what DeepSpeed holds. The process group stays the caller's."""
+        self._engine.destroy()
+
+    @torch.no_grad()
+    def _clip_before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Stage 0: gradients are reduced, the optimizer is about to use them."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._hook_norm = global_norm([(p, p.grad) for p in parameters], self.groups)
+        if not math.isfinite(self._hook_norm):
+            # without a gradient AdamW leaves a parameter and its moments alone
+            for parameter in parameters:
+                parameter.grad = None
+        elif self.max_grad_norm > 0:
+            scale = min(1.0, self.max_grad_norm / (self._hook_norm + 1e-6))
+            for parameter in parameters:
+                parameter.grad.mul_(scale)
+
+
+def global_norm(gradients: list[tuple[nn.Parameter, Tensor | None]], groups: ParallelGroups) -> float:
+    """Return the 2-norm over the whole model of reduced gradients: experts are summed over the expert group."""
+    dense = torch.zeros((), dtype=torch.float64, device=groups.device)
+    expert = dense.clone()
+    for parameter, gradient in gradients:
+        if gradient is not None:
+            square = gradient.double().square().sum()
+            if is_expert_parameter(parameter):
+                expert += square
+            else:
+                dense += square
+    if groups.expert_group is not None:
+        dist.all_reduce(expert, group=groups.expert_group)
+    return math.sqrt((dense + expert).item())
+
+
+def _deepspeed_config(parallel: ParallelConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        # bookkeeping only: the caller normalises the loss and decides when a step ends
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        # stage 0 clips in the pre-hook: DeepSpeed's own clipping is wrong there under expert parallelism
+        "gradient_clipping": optimizer.max_grad_norm if parallel.zero_stage else 0.0,
+        "zero_optimization": {
+            "stage": parallel.zero_stage,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "overlap_comm": False,
+        },
+        "steps_per_print": 10**9,
+    }
+    if parallel.dtype == "bf16":
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def _switch_off_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling a C++ operator at start-up on CPUs; only its inference path uses it."""
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False

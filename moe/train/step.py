@@ -1,0 +1,163 @@
+"""One optimizer step: all micro-batches of this rank, forward and backward, then the update and the routers' own.
+
+Order: count the step's tokens -> for each micro-batch: forward, statistics, balance over the scope, loss, backward ->
+engine step -> counts of the global batch -> routers' end of step -> sums for the log.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe.balance.health import LoadFigures, load_figures
+from moe.balance.load import BalanceConfig, GlobalLoad
+from moe.balance.losses import frequency, load_balancing_loss
+from moe.balance.statistics import RouterStatistics, collect
+from moe.data.tokens import Batch
+from moe.layer import MoELayer
+from moe.parallel.groups import ParallelGroups
+from moe.routing import RouterContext
+from moe.train.engine import Engine
+from moe.train.loss import micro_batch_loss
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """What one step did, the same on every rank. Balance and z-loss are unweighted means over layers."""
+
+    num_tokens: int  # valid tokens of the global batch
+    loss: float  # what was minimised
+    lm_loss: float
+    load_balancing_loss: float  # of the whole global batch, uniform = 1, whatever the scope of the gradient
+    z_loss: float
+    router_entropy: float  # nats, mean over tokens and layers
+    experts_per_token: float
+    grad_norm: float
+    is_skipped: bool
+    load: LoadFigures | None
+    tokens_per_expert_LE: Tensor | None  # int64, of the global batch
+
+
+class TrainStep:
+    """Runs optimizer steps of one engine.
+
+    Args:
+        engine: holds the model.
+        groups: of this rank.
+        balance: scope and coefficients.
+        seed: of the run; seeds router noise.
+    """
+
+    def __init__(self, *, engine: Engine, groups: ParallelGroups, balance: BalanceConfig, seed: int) -> None:
+        self._engine = engine
+        self._groups = groups
+        self._balance = balance
+        self._seed = seed
+        self._load = GlobalLoad(scope=balance.scope, group=groups.data_group)
+
+    def run(self, batches: list[Batch], *, step: int, progress: float, learning_rate: float) -> StepRecord:
+        """Return what the step did. Raises ValueError for a global batch without a valid token."""
+        num_tokens = self._sum_int(sum(batch.num_valid for batch in batches))
+        if num_tokens == 0:
+            raise ValueError(
+                f"step {step}: the global batch holds no valid token; check the data and its padding"
+            )
+        self._engine.module.train()
+        context = RouterContext(seed=self._seed, step=step, progress=progress)
+        sums = _StepSums()
+        for batch in batches:
+            self._micro_step(batch.to(self._groups.device), context, num_tokens, sums)
+        result = self._engine.step(learning_rate=learning_rate)
+        counts_LE = self._load.end_step() if sums.prob_sum_LE is not None else None
+        if counts_LE is not None and not result.is_skipped:
+            end_routers_step(self._engine.module, counts_LE, context)
+        return self._record(sums, counts_LE, num_tokens, result.grad_norm, result.is_skipped)
+
+    def _micro_step(self, batch: Batch, context: RouterContext, num_tokens: int, sums: "_StepSums") -> None:
+        context = replace(context, position_T=batch.position_BS.flatten())
+        logits_BSV, routings = self._engine(batch.token_BS, valid_BS=batch.valid_BS, context=context)
+        statistics = collect(routings) if routings else None
+        frequency_LE = self._load.frequency(statistics.tokens_per_expert_LE) if statistics else None
+        terms = micro_batch_loss(
+            logits_BSV=logits_BSV,
+            label_BS=batch.label_BS,
+            valid_BS=batch.valid_BS,
+            statistics=statistics,
+            frequency_LE=frequency_LE,
+            balance=self._balance,
+            num_step_tokens=num_tokens,
+        )
+        # DeepSpeed averages gradients over the ranks; the terms are shares of a sum
+        self._engine.backward(terms.total * self._groups.world_size)
+        sums.add(terms.total, terms.lm, statistics)
+
+    def _record(
+        self, sums: "_StepSums", counts_LE: Tensor | None, num_tokens: int, grad_norm: float, is_skipped: bool
+    ) -> StepRecord:
+        totals = sums.flat()
+        if self._groups.data_group is not None:
+            dist.all_reduce(totals, group=self._groups.data_group)
+        loss, lm_loss, z_sum, entropy_sum = totals[:4].tolist()
+        if counts_LE is None:
+            balance = experts_per_token = z_mean = entropy = 0.0
+        else:
+            num_rows = counts_LE.shape[0] * num_tokens
+            prob_sum_LE = totals[4:].reshape(counts_LE.shape)
+            balance = load_balancing_loss(frequency(counts_LE), prob_sum_LE, num_tokens).mean().item()
+            experts_per_token = counts_LE.sum().item() / num_rows
+            z_mean, entropy = z_sum / num_rows, entropy_sum / num_rows
+        return StepRecord(
+            num_tokens=num_tokens,
+            loss=loss,
+            lm_loss=lm_loss,
+            load_balancing_loss=balance,
+            z_loss=z_mean,
+            router_entropy=entropy,
+            experts_per_token=experts_per_token,
+            grad_norm=grad_norm,
+            is_skipped=is_skipped,
+            load=load_figures(counts_LE) if counts_LE is not None else None,
+            tokens_per_expert_LE=counts_LE.cpu() if counts_LE is not None else None,
+        )
+
+    def _sum_int(self, value: int) -> int:
+        total = torch.tensor(value, dtype=torch.int64, device=self._groups.device)
+        if self._groups.data_group is not None:
+            dist.all_reduce(total, group=self._groups.data_group)
+        return int(total)
+
+
+@dataclass(kw_only=True, slots=True)
+class _StepSums:
+    """This rank's sums over the micro-batches of a step, in float64; they feed the log only."""
+
+    loss: Tensor | float = 0.0
+    lm: Tensor | float = 0.0
+    z: Tensor | float = 0.0
+    entropy: Tensor | float = 0.0
+    prob_sum_LE: Tensor | None = None
+
+    def add(self, loss: Tensor, lm: Tensor, statistics: RouterStatistics | None) -> None:
+        self.loss = self.loss + loss.detach().double()
+        self.lm = self.lm + lm.double()
+        if statistics is not None:
+            self.z = self.z + statistics.z_sum_L.detach().double().sum()
+            self.entropy = self.entropy + statistics.entropy_sum_L.double().sum()
+            prob_sum_LE = statistics.prob_sum_LE.detach().double()
+            self.prob_sum_LE = prob_sum_LE if self.prob_sum_LE is None else self.prob_sum_LE + prob_sum_LE
+
+    def flat(self) -> Tensor:
+        """Return one float64 vector: loss, lm, z, entropy, then the probability sums."""
+        assert isinstance(self.loss, Tensor)
+        device = self.loss.device
+        values = (self.loss, self.lm, self.z, self.entropy)
+        head = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
+        return head if self.prob_sum_LE is None else torch.cat([head, self.prob_sum_LE.flatten()])
+
+
+def end_routers_step(model: nn.Module, tokens_per_expert_LE: Tensor, context: RouterContext) -> None:
+    """Give every router the step's global counts, in the order in which the model returns routings."""
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    for layer, counts_E in zip(layers, tokens_per_expert_LE, strict=True):
+        layer.router.end_step(counts_E, context)

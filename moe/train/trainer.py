@@ -1,0 +1,176 @@
+"""Trainer: the loop over optimizer steps, with logging, evaluation and checkpoints.
+
+The loop owns no training state beyond the number of finished steps: data order, learning rate and router noise are
+functions of the step, everything else lives in the engine and in the model's buffers.
+"""
+
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moe.checkpoint import CheckpointReader, prune, save_checkpoint
+from moe.data.batching import BatchConfig
+from moe.data.store import PreparedData
+from moe.data.tokens import BatchStream
+from moe.parallel.agree import all_gather
+from moe.parallel.groups import ParallelGroups
+from moe.train.console import RunConsole
+from moe.train.engine import Engine
+from moe.train.evaluate import DomainEvaluation, evaluate
+from moe.train.optimizer import OptimizerConfig
+from moe.train.schedule import ScheduleConfig, TrainerConfig
+from moe.train.state import num_updates, read_state, write_state
+from moe.train.step import StepRecord, TrainStep
+from moe.train.tracker import Tracker
+
+
+class Trainer:
+    """Runs the steps of one recipe on an engine. All arguments are built parts; `run` is collective."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        train_step: TrainStep,
+        stream: BatchStream,
+        data: PreparedData,
+        groups: ParallelGroups,
+        config: TrainerConfig,
+        batch: BatchConfig,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        run_dir: Path,
+        state: dict[str, Any],
+        tracker: Tracker | None,
+        console: RunConsole,
+    ) -> None:
+        self._engine, self._train_step, self._stream, self._data = engine, train_step, stream, data
+        self._groups, self._config, self._batch = groups, config, batch
+        self._optimizer, self._schedule = optimizer, schedule
+        self._run_dir, self._state = run_dir, state
+        self._tracker, self._console = tracker, console
+        self._step = 0  # finished steps
+        self._tokens = 0  # valid tokens trained on
+        self._saved_step: int | None = None
+
+    def restore(self, reader: CheckpointReader) -> None:
+        """Continue from a checkpoint of any layout. Collective."""
+        write_state(self._engine, reader, num_updates=reader.state["num_updates"])
+        self._step = self._saved_step = reader.state["step"]
+        self._tokens = reader.state["tokens"]
+
+    def run(self) -> dict[str, DomainEvaluation]:
+        """Train to the last step and return the final evaluation by domain."""
+        config = self._config
+        if self._step == 0:
+            self._evaluate()
+        train_seconds, window_seconds, window_tokens = 0.0, 0.0, 0
+        first = self._step
+        micro_batches = self._batch.micro_batches(rank=self._groups.rank, world_size=self._groups.world_size)
+        while self._step < config.steps:
+            started = time.perf_counter()
+            batches = [self._stream.batch(self._step, indices) for indices in micro_batches]
+            learning_rate = self._optimizer.learning_rate * self._schedule.factor(
+                self._step, steps=config.steps
+            )
+            record = self._train_step.run(
+                batches, step=self._step, progress=self._step / config.steps, learning_rate=learning_rate
+            )
+            elapsed = time.perf_counter() - started
+            train_seconds, window_seconds = train_seconds + elapsed, window_seconds + elapsed
+            window_tokens += record.num_tokens
+            self._step += 1
+            self._tokens += record.num_tokens
+            self._console.step(self._step)
+            if self._is_due(config.log_every) or record.is_skipped:
+                left = train_seconds / (self._step - first) * (config.steps - self._step)
+                self._log(record, learning_rate, window_tokens / window_seconds, seconds_left=left)
+                window_seconds, window_tokens = 0.0, 0
+            if self._step < config.steps:
+                if self._is_due(config.eval_every):
+                    self._evaluate()
+                if self._is_due(config.save_every):
+                    self._save()
+        evaluations = self._evaluate()
+        self._save()
+        return evaluations
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and (self._step % every == 0 or self._step == self._config.steps)
+
+    def _log(
+        self, record: StepRecord, learning_rate: float, tokens_per_s: float, *, seconds_left: float
+    ) -> None:
+        load = (
+            asdict(record.load) if record.load else {"max_over_mean": 1.0, "cv": 0.0, "dead_expert_frac": 0.0}
+        )
+        row: dict[str, Any] = {
+            "step": self._step,
+            "tokens": self._tokens,
+            "train/loss": record.loss,
+            "train/lm_loss": record.lm_loss,
+            "train/load_balancing_loss": record.load_balancing_loss,
+            "train/z_loss": record.z_loss,
+            "train/grad_norm": record.grad_norm,
+            "train/lr": learning_rate,
+            "train/is_skipped": record.is_skipped,
+            "perf/tokens_per_s": tokens_per_s,
+            "moe/load_max_over_mean": load["max_over_mean"],
+            "moe/load_cv": load["cv"],
+            "moe/dead_expert_frac": load["dead_expert_frac"],
+            "moe/router_entropy": record.router_entropy,
+            "moe/experts_per_token": record.experts_per_token,
+        }
+        if self._tracker is not None:
+            self._tracker.log(row)
+        self._console.row(row, seconds_left=seconds_left)
+        if record.is_skipped:
+            self._console.say(
+                f"step {self._step}: gradient norm is not finite; the update was skipped on all ranks"
+            )
+
+    def _evaluate(self) -> dict[str, DomainEvaluation]:
+        evaluations = evaluate(
+            self._engine.module,
+            self._data,
+            groups=self._groups,
+            sequence_length=self._batch.sequence_length,
+            batch_sequences=self._batch.micro_sequences,
+            max_sequences=self._config.eval_sequences,
+        )
+        row: dict[str, Any] = {"step": self._step, "tokens": self._tokens}
+        for name, result in evaluations.items():
+            row[f"eval/{name}/loss"] = result.loss
+            row[f"eval/{name}/perplexity"] = result.perplexity
+            row[f"eval/{name}/bits_per_byte"] = result.bits_per_byte
+        if self._tracker is not None:
+            self._tracker.log(row)
+        losses = "  ".join(f"{name} {result.loss:.4f}" for name, result in evaluations.items())
+        self._console.say(f"step {self._step}/{self._config.steps}  validation loss  {losses}")
+        return evaluations
+
+    def _save(self) -> None:
+        if self._saved_step == self._step:
+            return
+        state = {
+            **self._state,
+            "step": self._step,
+            "tokens": self._tokens,
+            "num_updates": num_updates(self._engine),
+        }
+        directory = self._run_dir / "checkpoints"
+        path = save_checkpoint(
+            directory,
+            step=self._step,
+            shards=read_state(self._engine),
+            state=state,
+            rank=self._groups.rank,
+            world_size=self._groups.world_size,
+            gather=partial(all_gather, self._groups),
+        )
+        self._saved_step = self._step
+        if self._groups.rank == 0:
+            prune(directory, keep=self._config.keep_checkpoints)
+        self._console.say(f"step {self._step}/{self._config.steps}  saved {path}")

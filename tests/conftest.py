@@ -1,0 +1,48 @@
+"""What every test gets: no network, seeds, and a skip where a GPU is needed and there is none."""
+
+import os
+import random
+
+# before any test imports transformers, datasets or wandb, which read them once; subprocesses inherit them
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+from collections.abc import Iterator
+
+import numpy
+import pytest
+import torch
+
+from pool import Pool
+
+SEED = 1234
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` on a machine without one; -ra lists them with the reason."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Seed every generator, so that a test draws the same numbers alone and in the whole run."""
+    random.seed(SEED)
+    numpy.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Processes for distributed tests, started once; see pool.py."""
+    processes = Pool(max_ranks=4)
+    yield processes
+    processes.close()

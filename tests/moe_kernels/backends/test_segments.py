@@ -1,0 +1,69 @@
+"""What segments promises beyond the contract: what it keeps, where it rounds, how it pads."""
+
+import pytest
+import torch
+
+from moe_kernels.backends import BACKENDS
+from moe_kernels.backends.segments import padded_rows
+from moe_kernels.testing import ROUTINGS, assert_close, make_case, run, run_mirrored, saved_bytes
+
+SEGMENTS = BACKENDS["segments"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("routing", ["random", "all_to_first", "some_unused", "all_unused"])
+def test_keeps_x_and_h_and_two_ids_per_row_and_nothing_else(routing: str, dtype: torch.dtype) -> None:
+    case = make_case(routing, T=50, D=24, F=16, E=6, K=3, dtype=dtype)
+    rows_in_use = int((case.expert_N < 6).sum())
+    h, tokens, order = rows_in_use * 2 * 16 * dtype.itemsize, rows_in_use * 8, 150 * 8
+    assert saved_bytes(SEGMENTS, case) == h + tokens + order
+
+
+def test_padding_adds_at_most_one_segment_tail_to_what_is_kept() -> None:
+    case = make_case(T=500, D=24, F=16, E=6, K=3, dtype=torch.bfloat16)
+    exact = 1500 * (2 * 16 * 2 + 2 * 8)
+    assert exact <= saved_bytes(SEGMENTS, case) <= exact + 32 * 2 * 16 * 2
+
+
+def test_keeps_less_than_the_plain_loop() -> None:
+    case = make_case(T=500, D=64, F=32, E=6, K=3)
+    assert saved_bytes(SEGMENTS, case) < 0.35 * saved_bytes(BACKENDS["naive"], case)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("shape", [dict(T=130, D=40, F=24, E=3, K=2), dict(T=33, D=17, F=13, E=5, K=3)])
+def test_bfloat16_rounds_where_it_stores_and_nowhere_else(shape: dict[str, int], routing: str) -> None:
+    # the same roundings done in float64 arithmetic: what is left are sums that fell on the other side of a tie
+    case = make_case(routing, **shape, dtype=torch.bfloat16)
+    assert_close(run(SEGMENTS, case), run_mirrored(case), tolerance=1e-3)
+
+
+def test_float32_and_float64_segments_are_not_padded() -> None:
+    assert [padded_rows(count, torch.float32) for count in (1, 17, 1000)] == [1, 17, 1000]
+    assert [padded_rows(count, torch.float64) for count in (1, 17, 1000)] == [1, 17, 1000]
+
+
+def test_bfloat16_segments_are_padded_to_few_lengths_by_little() -> None:
+    padded = {count: padded_rows(count, torch.bfloat16) for count in range(1, 4097)}
+    assert all(count <= longer < count + max(16, count / 4) for count, longer in padded.items())
+    assert len(set(padded.values())) <= 8 + 8 * 5
+    assert all(padded_rows(longer, torch.bfloat16) == longer for longer in set(padded.values()))
+
+
+def test_second_derivative_is_refused() -> None:
+    case = make_case(T=5, D=4, F=3, E=3, K=2, dtype=torch.float64)
+    x_TD = case.x_TD.requires_grad_()
+    y_TD = SEGMENTS(x_TD, case.token_N, case.expert_N, case.weight_N, case.gate_up_E2FD, case.down_EDF, fan_out=2)
+    (dx_TD,) = torch.autograd.grad(y_TD.square().sum(), x_TD, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx_TD.sum().backward()
+
+
+def test_input_changed_between_the_passes_is_refused() -> None:
+    case = make_case(T=5, D=4, F=3, E=3, K=2)
+    down_EDF = case.down_EDF.clone().requires_grad_()
+    y_TD = SEGMENTS(case.x_TD, case.token_N, case.expert_N, case.weight_N, case.gate_up_E2FD, down_EDF, fan_out=2)
+    with torch.no_grad():
+        down_EDF.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y_TD.sum().backward()
