@@ -13,12 +13,16 @@ os.environ.update(
 )
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
 from pool import Pool
+from runs import copy_data, small_recipe
+
+from moe.data.prepare import prepare
 
 SEED = 1234
 
@@ -46,3 +50,18 @@ def pool() -> Iterator[Pool]:
     processes = Pool(max_ranks=4)
     yield processes
     processes.close()
+
+
+@pytest.fixture(scope="session")
+def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data of runs.small_recipe, built once."""
+    root = tmp_path_factory.mktemp("prepared")
+    prepare(small_recipe(root).data, report=lambda _: None)
+    return root / "data"
+
+
+@pytest.fixture()
+def run_root(tmp_path: Path, prepared_data: Path) -> Path:
+    """A folder of its own for runs, with the data there."""
+    copy_data(prepared_data, tmp_path)
+    return tmp_path

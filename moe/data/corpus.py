@@ -11,6 +11,7 @@ import ast
 import hashlib
 import importlib.util
 import inspect
+import os
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -79,13 +80,12 @@ def _files(roots: Sequence[Path], suffixes: tuple[str, ...]) -> Iterator[Documen
     """Yield the source files under `roots` that are UTF-8 and of a fair size, in order of hashed path."""
     found: list[tuple[bytes, str, Path]] = []
     for root in roots:
-        for path in root.rglob("*"):
-            relative = path.relative_to(root)
-            if path.suffix not in suffixes or SKIPPED_FOLDERS.intersection(relative.parts):
-                continue
-            if path.is_file() and SMALLEST_FILE <= path.stat().st_size <= LARGEST_FILE:
-                name = f"{root.name}/{relative.as_posix()}"
-                found.append((hashlib.sha256(name.encode()).digest(), name, path))
+        for folder, subfolders, files in os.walk(root):
+            subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]
+            for path in (Path(folder, name) for name in files if name.endswith(suffixes)):
+                if SMALLEST_FILE <= path.stat().st_size <= LARGEST_FILE:
+                    name = f"{root.name}/{path.relative_to(root).as_posix()}"
+                    found.append((hashlib.sha256(name.encode()).digest(), name, path))
     for _, name, path in sorted(found):
         try:
             text = path.read_bytes().decode()

@@ -7,6 +7,7 @@ without a network or a key, and can never stop a run.
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrackerConfig:
-    """Mirror of metrics.jsonl. Online needs an API key in the environment; without one the mirror stays offline."""
+    """Mirror of metrics.jsonl. Online needs WANDB_API_KEY; without it the mirror stays offline."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -55,6 +56,10 @@ def _start_mirror(run_dir: Path, config: TrackerConfig, name: str, recipe: dict[
     import wandb  # takes 0.8 s, which only a mirrored run should pay
 
     modes = ["online", "offline"] if config.wandb == "online" else ["offline"]
+    if config.wandb == "online" and "WANDB_API_KEY" not in os.environ:
+        # asked for a key it does not have, wandb would wait for one on a terminal
+        logger.warning("tracker.wandb = online, but WANDB_API_KEY is not set; mirroring offline")
+        modes = ["offline"]
     for mode in modes:
         try:
             run = wandb.init(

@@ -15,9 +15,7 @@ import moe.checkpoint
 from moe.checkpoint import CheckpointReader, Shard, save_checkpoint
 
 # The files that change something on the disk; a crash elsewhere is like one just before the next change.
-CRASHING = tuple(
-    str(Path(moe.checkpoint.__path__[0], name)) for name in ("atomic.py", "folder.py", "save.py")
-)
+CRASHING = tuple(str(Path(moe.checkpoint.__path__[0], name)) for name in ("atomic.py", "folder.py", "save.py"))
 
 
 class ThreadGather:

@@ -62,22 +62,34 @@ def server(tmp_path):
 def test_no_kill_loses_a_checkpoint_that_was_saved(tmp_path, server, assert_holds_step):
     rng = random.Random()
     last_saved = 0
-    for _ in range(KILLS):
+
+    def hear() -> list[str]:
+        nonlocal last_saved
+        words = server.stdout.readline().split()
+        if words[0] == "saved":
+            last_saved = int(words[1])
+        return words
+
+    for kill in range(KILLS):
+        # by turns: a moment after the start, and a moment after one more save, however slow the machine is
+        target = last_saved + kill % 2
         server.stdin.write("go\n")
-        heard = [server.stdout.readline().split(), server.stdout.readline().split()]
-        child = int(dict(line for line in heard if len(line) == 2)["child"])
-        assert ["started"] in heard
+        heard: dict[str, list[str]] = {}
+        while not {"child", "started"} <= heard.keys() or last_saved < target:
+            words = hear()
+            heard[words[0]] = words[1:]
         time.sleep(rng.uniform(0, 0.06))
-        os.kill(child, signal.SIGKILL)
-        while (line := server.stdout.readline().split()) != ["dead"]:
-            assert line[0] == "saved"
-            last_saved = int(line[1])
+        os.kill(int(heard["child"][0]), signal.SIGKILL)
+        while hear() != ["dead"]:
+            pass
         newest = newest_checkpoint(tmp_path, report=pytest.fail)
         if last_saved:
             assert newest is not None
             assert int(newest.name[5:]) in (last_saved, last_saved + 1)
         for path in list_checkpoints(tmp_path):
             assert_holds_step(path, int(path.name[5:]))
+        # the last save can be complete without having been told
+        last_saved = int(newest.name[5:]) if newest else 0
         if rng.random() < 0.5:
             remove_leftovers(tmp_path)
-    assert last_saved > 0, "the kills came too early to test anything"
+    assert last_saved >= KILLS // 2

@@ -58,8 +58,7 @@ def test_rows_come_back_right_however_the_tensor_was_cut(seed, tmp_path, save_on
 def test_only_the_pieces_that_hold_the_rows_are_read(tmp_path, save_on_ranks):
     w = torch.arange(12.0).reshape(6, 2)
     ranks = [
-        [Shard(name="w", tensor=w[2 * rank : 2 * rank + 2], logical_shape=(6, 2), offset=2 * rank)]
-        for rank in range(3)
+        [Shard(name="w", tensor=w[2 * rank : 2 * rank + 2], logical_shape=(6, 2), offset=2 * rank)] for rank in range(3)
     ]
     reader = CheckpointReader.open(save_on_ranks(tmp_path, ranks)[0])
     reader._files.pop("rank_00002.safetensors")  # reading from it would now fail
@@ -206,9 +205,7 @@ def test_a_renamed_checkpoint_is_found_and_a_copy_under_a_name_of_its_own_is_rea
     shutil.copytree(path, tmp_path / "best")
     assert CheckpointReader.open(tmp_path / "best").step == 1
     path.rename(tmp_path / "step_00000009")
-    with pytest.raises(
-        CheckpointError, match="holds step 1: the folder was renamed; no good one is beside it"
-    ):
+    with pytest.raises(CheckpointError, match="holds step 1: the folder was renamed; no good one is beside it"):
         CheckpointReader.open(tmp_path / "step_00000009")
 
 

@@ -61,9 +61,7 @@ def test_the_lock_of_a_living_process_holds_and_that_of_a_killed_one_is_taken_ov
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "locked\n"
-        with pytest.raises(
-            RunLockedError, match=f"process {other.pid} on elsewhere, started 2026-01-02T03:04"
-        ):
+        with pytest.raises(RunLockedError, match=f"process {other.pid} on elsewhere, started 2026-01-02T03:04"):
             RunLock.acquire(tmp_path)
         other.send_signal(signal.SIGKILL)
     with RunLock.acquire(tmp_path) as lock:

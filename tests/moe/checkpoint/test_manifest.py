@@ -23,9 +23,7 @@ def checkpoint(tmp_path) -> Path:
 def seal(manifest: dict) -> bytes:
     """The manifest as one who wants to deceive writes it: with a correct checksum."""
     body = json.dumps(manifest, indent=1, sort_keys=True).encode()
-    return json.dumps(
-        {**manifest, "sha256": hashlib.sha256(body).hexdigest()}, indent=1, sort_keys=True
-    ).encode()
+    return json.dumps({**manifest, "sha256": hashlib.sha256(body).hexdigest()}, indent=1, sort_keys=True).encode()
 
 
 def read(checkpoint: Path) -> dict:

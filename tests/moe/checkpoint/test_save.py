@@ -66,9 +66,7 @@ def test_every_dtype_and_shape_comes_back_bit_by_bit(tmp_path):
 
 def test_the_files_are_plain_safetensors_and_json(tmp_path):
     w = torch.arange(6.0).reshape(3, 2)
-    path = save_checkpoint(
-        tmp_path, step=1, shards=[Shard(name="w", tensor=w, logical_shape=(3, 2))], state={"a": 1}
-    )
+    path = save_checkpoint(tmp_path, step=1, shards=[Shard(name="w", tensor=w, logical_shape=(3, 2))], state={"a": 1})
     assert names_in(path) == {"rank_00000.safetensors", "state.json", "manifest.json"}
     assert torch.equal(load_file(path / "rank_00000.safetensors")["w"], w)
     assert json.loads((path / "state.json").read_bytes()) == {"a": 1}
@@ -165,9 +163,7 @@ def test_two_ranks_that_bring_the_same_rows_are_refused(tmp_path, save_on_ranks)
         assert "'w' has row 0 twice" in str(outcome)
 
 
-@pytest.mark.parametrize(
-    "state", [{"a": (1, 2)}, {1: "a"}, {"a": float("nan")}, {"a": float("inf")}, {"a": {1, 2}}]
-)
+@pytest.mark.parametrize("state", [{"a": (1, 2)}, {1: "a"}, {"a": float("nan")}, {"a": float("inf")}, {"a": {1, 2}}])
 def test_a_state_that_json_would_change_is_refused(state, tmp_path):
     with pytest.raises(CheckpointError, match=r"rank 0: (ValueError|TypeError)"):
         save_checkpoint(tmp_path, step=1, shards=[], state=state)
@@ -215,9 +211,7 @@ def fail_on_rank(function, rank):
     return wrapped
 
 
-@pytest.mark.parametrize(
-    "fault", ["rank 0", "rank 1", "rank 2", "write_durable", "fsync_file", "rename", "mkdir"]
-)
+@pytest.mark.parametrize("fault", ["rank 0", "rank 1", "rank 2", "write_durable", "fsync_file", "rename", "mkdir"])
 def test_a_full_disk_on_any_rank_stops_all_ranks_and_keeps_the_previous_checkpoint(
     fault, tmp_path, save_on_ranks, save_step, assert_holds_step, monkeypatch
 ):

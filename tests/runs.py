@@ -1,0 +1,53 @@
+"""Runs of the debug recipe for tests: small, on data prepared once per session, launched in the process pool."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from debug import debug
+
+from moe.recipe import Recipe, launch
+
+
+def small_recipe(root: Path, name: str = "run", *, steps: int = 6, **changes: dict[str, Any]) -> Recipe:
+    """The debug recipe with a row per step, all folders under `root`; `changes` replace fields of its parts."""
+    recipe = debug()
+    recipe = replace(
+        recipe,
+        name=name,
+        runs_dir=str(root / "runs"),
+        data=replace(recipe.data, cache_dir=str(root / "data"), builtin_bytes=60_000, vocab_size=512),
+        model=replace(recipe.model, vocab_size=512),
+        schedule=replace(recipe.schedule, warmup_steps=2),
+        trainer=replace(recipe.trainer, steps=steps, log_every=1, eval_sequences=3),
+    )
+    for part, fields in changes.items():
+        recipe = replace(recipe, **{part: replace(getattr(recipe, part), **fields)})
+    return recipe
+
+
+def train(recipe: Recipe, resume: bool = False) -> None:
+    """Launch on the ranks of the pool."""
+    launch(recipe, resume=resume)
+
+
+def rows_of(recipe: Recipe) -> list[dict[str, Any]]:
+    """All rows of metrics.jsonl."""
+    lines = (Path(recipe.runs_dir) / recipe.name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def curve(recipe: Recipe) -> list[dict[str, Any]]:
+    """The training rows without speeds, which no two runs share."""
+    return [
+        {key: value for key, value in row.items() if not key.startswith("perf/")}
+        for row in rows_of(recipe)
+        if "train/loss" in row
+    ]
+
+
+def copy_data(prepared: Path, root: Path) -> None:
+    """Put data prepared earlier where `small_recipe(root)` looks for it."""
+    shutil.copytree(prepared, root / "data")
