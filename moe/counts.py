@@ -49,9 +49,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     for name, shape in _parameter_shapes(config).items():
         parts[_part(name)] += prod(shape)
     total = sum(parts.values())
-    return ParameterCount(
-        total=total, active=total - parts["experts"] + _active(config, parts["experts"]), **parts
-    )
+    return ParameterCount(total=total, active=total - parts["experts"] + _active(config, parts["experts"]), **parts)
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:

@@ -90,9 +90,7 @@ class ModelConfig:
             self._validate_dense()
         if len(self.moe_layers) < self.num_hidden_layers and not self.intermediate_size:
             dense = sorted(set(range(self.num_hidden_layers)) - set(self.moe_layers))
-            raise ValueError(
-                f"layers {dense} are dense but model.intermediate_size = 0; set it to their hidden width"
-            )
+            raise ValueError(f"layers {dense} are dense but model.intermediate_size = 0; set it to their hidden width")
 
     def _validate_numbers(self) -> None:
         for name in (
@@ -117,9 +115,7 @@ class ModelConfig:
                 raise ValueError(f"model.{name} = {getattr(self, name)} must not be negative")
         for name, limit in (("rms_norm_eps", 1.0), ("initializer_range", 1.0), ("rope_theta", float("inf"))):
             if not 0 < getattr(self, name) < limit:
-                raise ValueError(
-                    f"model.{name} = {getattr(self, name)} must lie between 0 and {limit}, both excluded"
-                )
+                raise ValueError(f"model.{name} = {getattr(self, name)} must lie between 0 and {limit}, both excluded")
 
     def _validate_attention(self) -> None:
         heads, key_heads = self.num_attention_heads, self.num_key_value_heads
@@ -168,9 +164,7 @@ class ModelConfig:
                 "num_experts to 0"
             )
         if self.use_shared_expert_gate and not self.shared_expert_intermediate_size:
-            raise ValueError(
-                "model.use_shared_expert_gate = True needs model.shared_expert_intermediate_size > 0"
-            )
+            raise ValueError("model.use_shared_expert_gate = True needs model.shared_expert_intermediate_size > 0")
 
     def _validate_dense(self) -> None:
         for name in (
@@ -215,9 +209,7 @@ class Model(nn.Module):
         )
         self.norm = _make_norm(config)
         self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
 
     def forward(
@@ -247,9 +239,7 @@ class Model(nn.Module):
         if position_BS is None:
             num_past = cache.length if cache is not None else 0
             position_BS = torch.arange(num_past, num_past + token_BS.shape[1], device=token_BS.device)
-        cos_BSc, sin_BSc = rotation(
-            position_BS, head_dim=self.config.attention_head_dim, theta=self.config.rope_theta
-        )
+        cos_BSc, sin_BSc = rotation(position_BS, head_dim=self.config.attention_head_dim, theta=self.config.rope_theta)
         x_BSD = self.embed_tokens(token_BS)
         routings: list[Routing] = []
         for index, block in enumerate(self.layers):

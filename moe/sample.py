@@ -39,9 +39,7 @@ def generate(
     _check(model, prompt_ids, max_new_tokens, temperature, top_k, top_p)
     device = model.embed_tokens.weight.device
     generator = torch.Generator().manual_seed(seed)
-    cache = KeyValueCache(
-        num_layers=model.config.num_hidden_layers, max_length=len(prompt_ids) + max_new_tokens
-    )
+    cache = KeyValueCache(num_layers=model.config.num_hidden_layers, max_length=len(prompt_ids) + max_new_tokens)
     was_training = model.training
     model.eval()
     try:
@@ -77,9 +75,7 @@ def _check(
 ) -> None:
     config = model.config
     if not prompt_ids:
-        raise ValueError(
-            "the prompt holds no token; give at least one, the end-of-text token if there is no text"
-        )
+        raise ValueError("the prompt holds no token; give at least one, the end-of-text token if there is no text")
     if min(prompt_ids) < 0 or max(prompt_ids) >= config.vocab_size:
         raise ValueError(
             f"prompt ids {min(prompt_ids)}..{max(prompt_ids)} do not fit vocab_size = {config.vocab_size}; "

@@ -36,9 +36,7 @@ def tiny_model(
     config: ModelConfig | None = None, *, dtype: torch.dtype = torch.float32, seed: int = 0, **arguments: Any
 ) -> Model:
     """A model whose every parameter is random, norms and biases too, so that a part left out shows."""
-    model = Model(config or tiny_config(), groups=ParallelGroups.single(), backend="naive", **arguments).to(
-        dtype
-    )
+    model = Model(config or tiny_config(), groups=ParallelGroups.single(), backend="naive", **arguments).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -53,9 +53,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(size=query_size if is_full else head_dim, eps=norm_eps)
             self.k_norm = RMSNorm(size=key_size if is_full else head_dim, eps=norm_eps)
 
-    def forward(
-        self, x_BSD: Tensor, cos_BSc: Tensor, sin_BSc: Tensor, cache: LayerCache | None = None
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, cos_BSc: Tensor, sin_BSc: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Return y_BSD. Each token sees the tokens of `cache`, then those of x up to itself."""
         query, key = self.q_proj(x_BSD), self.k_proj(x_BSD)
         if self.qk_norm == "full":

@@ -66,9 +66,7 @@ class Block(nn.Module):
             return x_BSD + y_BSD, routings
         return (_recomputed(self._feed, x_BSD) if is_recomputed else self._feed(x_BSD)), []
 
-    def _attend(
-        self, x_BSD: Tensor, cos_BSc: Tensor, sin_BSc: Tensor, cache: LayerCache | None = None
-    ) -> Tensor:
+    def _attend(self, x_BSD: Tensor, cos_BSc: Tensor, sin_BSc: Tensor, cache: LayerCache | None = None) -> Tensor:
         return x_BSD + self.attention(self.attention_norm(x_BSD), cos_BSc, sin_BSc, cache)
 
     def _feed(self, x_BSD: Tensor) -> Tensor:

@@ -24,9 +24,7 @@ class LayerCache:
         """
         end = self.length + key_BGSd.shape[2]
         if end > self._max_length:
-            raise ValueError(
-                f"{end} tokens do not fit a cache of max_length = {self._max_length}; make it longer"
-            )
+            raise ValueError(f"{end} tokens do not fit a cache of max_length = {self._max_length}; make it longer")
         if self._key is None or self._value is None:
             B, G, _, d = key_BGSd.shape
             self._key = key_BGSd.new_empty(B, G, self._max_length, d)

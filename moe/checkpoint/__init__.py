@@ -13,6 +13,7 @@ from moe.checkpoint.manifest import CheckpointError
 from moe.checkpoint.retention import prune
 from moe.checkpoint.save import Gather, save_checkpoint
 from moe.checkpoint.shards import Shard
+from moe.checkpoint.weights import load_weights
 
 __all__ = [
     "CheckpointError",

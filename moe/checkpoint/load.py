@@ -30,9 +30,7 @@ from moe.checkpoint.manifest import (
 class CheckpointReader:
     """An opened, verified checkpoint. Its files stay open: removing the folder does not disturb a reader."""
 
-    def __init__(
-        self, *, path: Path, manifest: Manifest, state: dict[str, Any], files: dict[str, safe_open]
-    ) -> None:
+    def __init__(self, *, path: Path, manifest: Manifest, state: dict[str, Any], files: dict[str, safe_open]) -> None:
         self.path = path
         self.state = state
         self.step = manifest.step

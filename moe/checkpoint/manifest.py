@@ -123,9 +123,7 @@ def check_index(manifest: Manifest, path: Path) -> None:
     """Raise CheckpointError, naming `path`, unless files stay in the folder and cover every tensor once."""
     for name in manifest.files:
         if not _FILE_NAME.fullmatch(name):
-            raise CheckpointError(
-                f"{path}: {name!r} is not the name of a file inside the checkpoint; refused"
-            )
+            raise CheckpointError(f"{path}: {name!r} is not the name of a file inside the checkpoint; refused")
     if STATE not in manifest.files:
         raise CheckpointError(f"{path} does not list {STATE}")
     for name, record in manifest.tensors.items():

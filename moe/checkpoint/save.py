@@ -128,9 +128,7 @@ class _Job:
         path.touch()
         mode = path.stat().st_mode
         save_file(self.pieces.tensors, path)
-        path.chmod(
-            mode
-        )  # the umask decides who may read it, as for the other files; safetensors makes it private
+        path.chmod(mode)  # the umask decides who may read it, as for the other files; safetensors makes it private
         self.pieces.tensors.clear()
         fsync_file(path)
         record = {"bytes": path.stat().st_size, "sha256": hash_file(path)}

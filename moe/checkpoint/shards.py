@@ -82,9 +82,7 @@ def _check(shard: Shard) -> None:
         raise ValueError(f"{shard.name!r}: {num_rows(part)} rows from {shard.offset} are outside of {shape}")
     if shard.tensor.dtype not in _DTYPE_NAMES:
         known = ", ".join(str(dtype) for dtype in _DTYPE_NAMES)
-        raise ValueError(
-            f"{shard.name!r} is {shard.tensor.dtype}, which checkpoints do not store: only {known}"
-        )
+        raise ValueError(f"{shard.name!r} is {shard.tensor.dtype}, which checkpoints do not store: only {known}")
 
 
 def _own(tensor: Tensor, addresses: set[int]) -> Tensor:

@@ -25,9 +25,7 @@ def load_weights(model: nn.Module, reader: CheckpointReader) -> None:
             buffer.copy_(_read(reader, f"buffer/{name}", buffer, 0, None))
 
 
-def _read(
-    reader: CheckpointReader, name: str, into: torch.Tensor, offset: int, length: int | None
-) -> torch.Tensor:
+def _read(reader: CheckpointReader, name: str, into: torch.Tensor, offset: int, length: int | None) -> torch.Tensor:
     if name not in reader.names:
         raise CheckpointError(f"{reader.path} holds no {name}; it is a checkpoint of another model")
     tensor = reader.read(name, offset=offset, length=length)

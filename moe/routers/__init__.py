@@ -4,8 +4,9 @@ A router is two things: a frozen configuration (what a recipe holds and the comm
 builds. The configuration is what is registered; its `kind` is the name in recipe.json.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import TypeAdapter, WrapSerializer, WrapValidator
 from torch import Tensor, nn
@@ -45,15 +46,17 @@ class RouterConfig:
         raise NotImplementedError
 
 
+C = TypeVar("C", bound=RouterConfig)
 ROUTERS: Registry[type[RouterConfig]] = Registry("router", package=__name__)
 
 
-def register(kind: str):
+def register(kind: str) -> Callable[[type[C]], type[C]]:
     """Return a class decorator that files a RouterConfig under `kind` and tells the class its name."""
 
-    def add(config: type[RouterConfig]) -> type[RouterConfig]:
+    def add(config: type[C]) -> type[C]:
         config.kind = kind
-        return ROUTERS.register(kind)(config)
+        ROUTERS.register(kind)(config)
+        return config
 
     return add
 

@@ -117,7 +117,9 @@ class TopKRouter(Router):
         return self
 
     def forward(self, x_TD: Tensor, context: RouterContext) -> Routing:
-        logits_TE = F.linear(self._noised(x_TD.float(), context), self.weight.float())
+        # float32 at least; a float64 model stays float64, so that layouts can be compared to rounding
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        logits_TE = F.linear(self._noised(x_TD.to(wide), context), self.weight.to(wide))
         probs_TE, score_TE = self._scores(logits_TE)
         expert_TK = self._choose(score_TE)
         weight_TK = self._weights(logits_TE, score_TE, expert_TK)

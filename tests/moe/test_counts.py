@@ -12,9 +12,7 @@ V, D, L, H, G, d, E, K, F_EXPERT, F_DENSE, F_SHARED = 37, 20, 3, 4, 2, 6, 6, 2, 
 
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_every_part_is_counted_as_by_hand(is_tied):
-    config = tiny_config(
-        tie_word_embeddings=is_tied, qk_norm="full", attention_bias=True, use_shared_expert_gate=True
-    )
+    config = tiny_config(tie_word_embeddings=is_tied, qk_norm="full", attention_bias=True, use_shared_expert_gate=True)
     count = count_parameters(config)
     assert count.embedding == V * D
     assert count.head == (0 if is_tied else V * D)

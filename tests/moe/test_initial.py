@@ -20,9 +20,7 @@ CONFIG = tiny_config(
 
 
 def initial_model(*, seed=7, ep_size=1, ep_rank=0, dtype=torch.float32, config=CONFIG):
-    groups = replace(
-        ParallelGroups.single(), rank=ep_rank, world_size=ep_size, ep_size=ep_size, ep_rank=ep_rank
-    )
+    groups = replace(ParallelGroups.single(), rank=ep_rank, world_size=ep_size, ep_size=ep_size, ep_rank=ep_rank)
     model = Model(config, groups=groups).to(dtype)
     initialise(model, seed=seed)
     return model
@@ -107,11 +105,7 @@ def test_scales_are_as_documented():
         elif name.endswith("bias"):
             assert (tensor == 0).all(), name
         else:
-            std = (
-                0.05 / 2
-                if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
-                else 0.05
-            )
+            std = 0.05 / 2 if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")) else 0.05
             # standard error of a standard deviation from n draws is std / sqrt(2n)
             assert abs(tensor.std() - std) < 5 * std / (2 * tensor.numel()) ** 0.5, name
             assert abs(tensor.mean()) < 5 * std / tensor.numel() ** 0.5, name

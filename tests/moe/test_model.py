@@ -106,9 +106,7 @@ def test_configuration_survives_json_and_refuses_unknown_fields():
 
 
 def test_parameters_carry_the_names_that_checkpoints_use():
-    config = tiny_config(
-        qk_norm="head", attention_bias=True, attention_output_bias=True, use_shared_expert_gate=True
-    )
+    config = tiny_config(qk_norm="head", attention_bias=True, attention_output_bias=True, use_shared_expert_gate=True)
     linear = [f"attention.{p}_proj.{part}" for p in "qkvo" for part in ("weight", "bias")]
     block = ["attention_norm.weight", "feed_forward_norm.weight", *linear]
     block += ["attention.q_norm.weight", "attention.k_norm.weight"]
@@ -131,9 +129,7 @@ def test_a_tied_head_is_the_embedding_table_and_is_stored_once():
     assert torch.equal(logits, expected)
     logits.square().sum().backward()
     expected.square().sum().backward()
-    assert_near(
-        model.embed_tokens.weight.grad, untied.embed_tokens.weight.grad + untied.lm_head.weight.grad, 1e-6
-    )
+    assert_near(model.embed_tokens.weight.grad, untied.embed_tokens.weight.grad + untied.lm_head.weight.grad, 1e-6)
 
 
 def test_a_token_never_sees_a_later_one():

@@ -118,9 +118,7 @@ CASES = {
     "qwen3_moe": ("qwen3_moe", tiny_config(shared_expert_intermediate_size=0, qk_norm="head")),
     "qwen3_moe_tied": (
         "qwen3_moe",
-        tiny_config(
-            **NO_SHARED, qk_norm="head", router=TopKConfig(), tie_word_embeddings=True, decoder_sparse_step=2
-        ),
+        tiny_config(**NO_SHARED, qk_norm="head", router=TopKConfig(), tie_word_embeddings=True, decoder_sparse_step=2),
     ),
     "qwen2_moe": (
         "qwen2_moe",

@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from rich.console import Console
 from torch import Tensor
 
-from moe import report as report_module
+from moe.inspect import pictures
 from moe.report import ReportInput, next_commands, print_report
 from moe.train.evaluate import DomainEvaluation
 
@@ -65,6 +65,9 @@ def printed(report: ReportInput, *, width: int = 80) -> str:
 
 @pytest.fixture
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run folder by its relative path; pictures come out empty, since drawing takes most of the time."""
+    monkeypatch.setattr(pictures, "load_heat_map", lambda counts_LE, path, *, layers: path.touch())
+    monkeypatch.setattr(pictures, "domain_heat_map", lambda counts_DLE, names, path, *, layers: path.touch())
     monkeypatch.chdir(tmp_path)
     path = Path("runs/first")
     path.mkdir(parents=True)
@@ -85,6 +88,8 @@ def programs_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_whole_report_of_known_figures(run_dir: Path, programs_on_path: Path) -> None:
+    # layer 3: shares .6 .2 .1 .1 and .2 .2 .3 .3, entropies 1.0889 and 1.3662 nats, of the mean 1.3322;
+    # (1.3322 - 1.2275) / log 2 = 0.151
     assert (
         printed(make_report(run_dir))
         == f"""
@@ -111,7 +116,7 @@ code   layer 3 expert 0 takes 60% of its rows, 1.5x the mean of all domains
 prose  layer 3 expert 2 takes 30% of its rows, 1.5x the mean of all domains
        layer 3 expert 3 takes 30% of its rows, 1.5x the mean of all domains
 How far domains differ in their experts (0 = not at all, 1 = none in common):
-layer 1: 0.000   layer 3: 0.146
+layer 1: 0.000   layer 3: 0.151
 
 {"A text from the model ":-<80}
 +{"-" * 78}+
@@ -126,10 +131,10 @@ torchrun --nproc-per-node 2 recipes/quickstart.py --name first-ep2 --parallel.ep
     )
 
 
-def test_pictures_are_written_into_the_run_folder(run_dir: Path) -> None:
-    printed(make_report(run_dir))
+def test_pictures_are_written_into_the_run_folder(tmp_path: Path) -> None:
+    printed(make_report(tmp_path))
     for name in ("expert_load.png", "domain_experts.png"):
-        image = imread(run_dir / name)
+        image = imread(tmp_path / name)
         assert image.shape[0] >= 250
         assert image.shape[1] >= 400
         assert image.std() > 0.05
@@ -296,7 +301,3 @@ def test_commands_survive_a_shell(tmp_path: Path, programs_on_path: Path) -> Non
 def test_layers_without_a_name_are_a_mistake(run_dir: Path) -> None:
     with pytest.raises(AssertionError, match="one layer index per routing"):
         print_report(replace(make_report(run_dir), moe_layers=(1,)), Console(file=io.StringIO()))
-
-
-def test_matplotlib_is_not_imported_before_there_is_a_picture() -> None:
-    assert "matplotlib" not in Path(report_module.__file__).read_text().split("def ")[0]

@@ -39,9 +39,7 @@ def test_the_same_seed_gives_the_same_ids_and_global_random_state_is_left_alone(
 def test_drawn_tokens_follow_the_probabilities():
     model = tiny_model(dtype=torch.float64)
     probs = torch.softmax(model(torch.tensor([[4, 9]]))[0][0, -1] / 3.0, dim=-1)
-    counts = Counter(
-        generate(model, [4, 9], max_new_tokens=1, temperature=3.0, seed=s)[0] for s in range(400)
-    )
+    counts = Counter(generate(model, [4, 9], max_new_tokens=1, temperature=3.0, seed=s)[0] for s in range(400))
     for token_id, p in enumerate(probs.tolist()):
         # five standard deviations of a count
         assert abs(counts[token_id] - 400 * p) <= 5 * (400 * p * (1 - p)) ** 0.5 + 1
@@ -55,9 +53,7 @@ def test_filters_keep_the_likeliest_tokens_only(filters, num_kept):
     probs, ids = torch.softmax(model(torch.tensor([[4, 9]]))[0][0, -1] / 3.0, dim=-1).sort(descending=True)
     if num_kept is None:
         num_kept = int((probs.cumsum(0) < 0.5).sum()) + 1
-    drawn = {
-        generate(model, [4, 9], max_new_tokens=1, temperature=3.0, seed=s, **filters)[0] for s in range(150)
-    }
+    drawn = {generate(model, [4, 9], max_new_tokens=1, temperature=3.0, seed=s, **filters)[0] for s in range(150)}
     assert drawn == set(ids[:num_kept].tolist())
 
 
@@ -74,9 +70,7 @@ def test_generation_stops_at_the_end_token_and_leaves_it_out():
 def test_training_mode_is_put_back_and_no_graph_is_kept(is_training):
     model = tiny_model().train(is_training)
     modes = []
-    model.norm.register_forward_pre_hook(
-        lambda module, args: modes.append((module.training, args[0].requires_grad))
-    )
+    model.norm.register_forward_pre_hook(lambda module, args: modes.append((module.training, args[0].requires_grad)))
     generate(model, [3], max_new_tokens=2)
     assert modes == [(False, False)] * 2
     assert all(module.training is is_training for module in model.modules())

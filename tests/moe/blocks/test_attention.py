@@ -64,9 +64,7 @@ def reference(attention, weights, x_BSD, heads, key_heads):
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_attention_and_every_gradient_equal_the_loops(heads_and_key_heads, qk_norm, has_bias):
     heads, key_heads = heads_and_key_heads
-    attention = make_attention(
-        heads=heads, key_heads=key_heads, qk_norm=qk_norm, bias=has_bias, output_bias=has_bias
-    )
+    attention = make_attention(heads=heads, key_heads=key_heads, qk_norm=qk_norm, bias=has_bias, output_bias=has_bias)
     x = torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(1), requires_grad=True)
     grad = torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(2))
     y = attention(x, *rotation(torch.arange(5), head_dim=6, theta=THETA))

@@ -20,9 +20,7 @@ def reference(x, weights):
 def test_feed_forward_and_every_gradient_equal_the_formula(kind, num_tokens):
     torch.manual_seed(0)
     sizes = {"hidden_size": 7, "intermediate_size": 5}
-    module = (
-        FeedForward(**sizes) if kind == "dense" else SharedExpert(**sizes, use_sigmoid_gate=kind == "gated")
-    )
+    module = FeedForward(**sizes) if kind == "dense" else SharedExpert(**sizes, use_sigmoid_gate=kind == "gated")
     x = torch.randn(num_tokens, 7, requires_grad=True)
     grad = torch.randn(num_tokens, 7)
     weights = {name: p.detach().double().requires_grad_() for name, p in module.named_parameters()}

@@ -25,9 +25,7 @@ def test_norm_and_its_gradients_equal_the_formula(shape, dtype, tolerance):
     assert y.dtype == dtype
     assert_near(y, expected, tolerance)
     actual_grads = torch.autograd.grad(y, (x, norm.weight), grad)
-    for actual, wanted in zip(
-        actual_grads, torch.autograd.grad(expected, (x64, weight64), grad.double()), strict=True
-    ):
+    for actual, wanted in zip(actual_grads, torch.autograd.grad(expected, (x64, weight64), grad.double()), strict=True):
         assert_near(actual, wanted, 2 * tolerance)
 
 
@@ -37,6 +35,4 @@ def test_bfloat16_is_rounded_once():
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, 32).bfloat16())
     expected = norm(x.float()).bfloat16()
-    assert (
-        norm.bfloat16()(x) != expected
-    ).float().mean() < 0.01  # sums in another order round a few values apart
+    assert (norm.bfloat16()(x) != expected).float().mean() < 0.01  # sums in another order round a few values apart

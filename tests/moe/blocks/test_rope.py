@@ -19,19 +19,14 @@ def test_rotation_and_its_gradient_equal_complex_multiplication(shape):
     expected = turn(x64, position, 1e4)
     assert_near(y, expected, 2e-5)  # float32 angles of some hundred radians
     grad = torch.randn(shape)
-    assert_near(
-        torch.autograd.grad(y, x, grad)[0], torch.autograd.grad(expected, x64, grad.double())[0], 2e-5
-    )
+    assert_near(torch.autograd.grad(y, x, grad)[0], torch.autograd.grad(expected, x64, grad.double())[0], 2e-5)
 
 
 def test_score_of_two_turned_vectors_depends_on_their_distance_only():
     query, key = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def score(i, j):
-        turned = [
-            rotate(x, *rotation(torch.tensor([p]), head_dim=16, theta=100.0))
-            for x, p in ((query, i), (key, j))
-        ]
+        turned = [rotate(x, *rotation(torch.tensor([p]), head_dim=16, theta=100.0)) for x, p in ((query, i), (key, j))]
         return (turned[0] * turned[1]).sum()
 
     assert_near(score(3, 1), score(12, 10), 1e-5)

@@ -50,8 +50,9 @@ KILLS = 12
 def server(tmp_path):
     root = Path(__file__).parents[3]
     command = [sys.executable, "-c", SERVER, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
     with subprocess.Popen(
-        command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     ) as process:
         yield process
         assert process.stdin is not None

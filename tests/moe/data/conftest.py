@@ -12,8 +12,6 @@ from moe.data.store import PARTS, Packing, PreparedData, TokenWriter, open_prepa
 EOS = 0
 VOCABULARY = 100_000
 
-MakeData = Callable[..., PreparedData]
-
 
 @pytest.fixture(scope="session")
 def builtin_data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
@@ -24,7 +22,7 @@ def builtin_data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 
 
 @pytest.fixture
-def make_data(tmp_path: Path) -> MakeData:
+def make_data(tmp_path: Path) -> Callable[..., PreparedData]:
     """Return a function from {domain: lengths of its training documents} to prepared data.
 
     The ids of a domain count up from 1, so that every token tells where it stands; each document ends with EOS. The

@@ -2,9 +2,7 @@
 
 import hashlib
 import itertools
-import math
 import re
-from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -12,7 +10,7 @@ import sympy
 
 from moe.data.maths import TOPICS, Draw, maths_documents, number, polynomial
 
-GOLDEN = "GOLDEN_VALUE"
+GOLDEN = "b2097b3f93cc852abe82491697b396ad330e96755b2aae76150cf947f792965c"
 
 
 def _expression(latex: str) -> sympy.Expr:
