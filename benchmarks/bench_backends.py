@@ -210,10 +210,11 @@ def append_rows(path: Path, rows: list[Row]) -> None:
 
 def print_rows(console: Console, title: str, rows: list[Row]) -> None:
     """Print rows as a table."""
-    shown = ("backend", "mode", "p20_ms", "p50_ms", "p80_ms", "ratio_to_naive", "gflops", "saved_mib")
-    table = Table(*shown, title=title)
+    columns = ("p20_ms", "p50_ms", "p80_ms", "ratio_to_naive", "gflops", "saved_mib")
+    table = Table("backend", "mode", "p20 ms", "p50 ms", "p80 ms", "to naive", "GFLOP/s", "saved MiB", box=None)
     for row in rows:
-        table.add_row(*(str(getattr(row, column)) for column in shown))
+        table.add_row(row.backend, row.mode, *(str(getattr(row, column)) for column in columns))
+    console.print(f"\n{title}")
     console.print(table)
 
 
@@ -225,7 +226,7 @@ def main(options: Options) -> None:
         for dtype in options.dtypes:
             for skew in options.skews:
                 rows = bench(SHAPES[name], dtype, skew, options)
-                print_rows(console, f"{name} {SHAPES[name]} {dtype} {skew}, {options.threads} threads", rows)
+                print_rows(console, f"{SHAPES[name]} {dtype} {skew}, {options.threads} threads", rows)
                 if options.machine:
                     append_rows(RESULTS / f"{options.machine}.csv", rows)
 

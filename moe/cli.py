@@ -25,12 +25,13 @@ from moe.checkpoint import (
     newest_checkpoint,
 )
 from moe.data.prepare import prepare
+from moe.data.unigram import unigram_losses
 from moe.model import Model
 from moe.parallel.groups import ParallelGroups
 from moe.recipe import Recipe, read_recipe
 from moe.recipe import main as run_recipe
-from moe.report import print_evaluation
-from moe.run import RecipeError
+from moe.report import ReportInput, print_evaluation
+from moe.run import RecipeError, read_rows
 from moe.sample import complete
 from moe.train.evaluate import evaluate
 
@@ -57,12 +58,24 @@ def eval_run(run: Run, /, *, sequences: int = 64) -> None:
     evaluations = evaluate(
         model,
         data,
-        groups=ParallelGroups.single(),
+        groups=ParallelGroups.single(model.embed_tokens.weight.device),
         sequence_length=recipe.batch.sequence_length,
         batch_sequences=recipe.batch.micro_sequences,
         max_sequences=sequences,
     )
-    print_evaluation(evaluations, Console(highlight=False), title=f"{reader.path} (step {reader.step})")
+    run_dir = reader.path.parent.parent
+    print(f"{reader.path}")
+    report = ReportInput(
+        run_dir=run_dir,
+        script="",
+        rows=[row for row in read_rows(run_dir / "metrics.jsonl") if row["step"] <= reader.step],
+        unigram=unigram_losses(data),
+        evaluations=evaluations,
+        sample_prompt="",
+        sample_text="",
+        moe_layers=recipe.model.moe_layers,
+    )
+    print_evaluation(report, Console(highlight=False))
 
 
 def sample(
@@ -123,9 +136,7 @@ def open_run(path: Path) -> tuple[Recipe, CheckpointReader]:
             raise RecipeError(f"{path} has no good checkpoint ({found} found); train it first, or further")
         checkpoint, recipe_file = newest, path / "recipe.json"
     else:
-        raise RecipeError(
-            f"{path} is neither a run folder (no recipe.json) nor a checkpoint (no manifest.json)"
-        )
+        raise RecipeError(f"{path} is neither a run folder (no recipe.json) nor a checkpoint (no manifest.json)")
     return read_recipe(recipe_file), CheckpointReader.open(checkpoint)
 
 

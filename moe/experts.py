@@ -32,9 +32,7 @@ class Experts(nn.Module):
         self.num_experts = num_experts
         self.num_local_experts = num_experts // groups.ep_size
         self.first_expert = groups.ep_rank * self.num_local_experts
-        self.gate_up_proj = nn.Parameter(
-            torch.empty(self.num_local_experts, 2 * intermediate_size, hidden_size)
-        )
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_local_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(self.num_local_experts, hidden_size, intermediate_size))
         self.backend, self._run = resolve_backend(backend, device=groups.device, dtype=self.down_proj.dtype)
 

@@ -77,9 +77,7 @@ class Recipe:
             self.parallel.validate(world_size=world_size)
             if self.model.moe_layers:
                 check_expert_split(self.model.num_experts, self.parallel.ep_size)
-            self.batch.validate(
-                world_size=world_size, max_position_embeddings=self.model.max_position_embeddings
-            )
+            self.batch.validate(world_size=world_size, max_position_embeddings=self.model.max_position_embeddings)
             self.balance.validate()
             self.optimizer.validate()
             self.trainer.validate()
@@ -122,9 +120,7 @@ def read_recipe(path: Path) -> Recipe:
     except json.JSONDecodeError as error:
         raise RecipeError(f"{path} is not JSON: {error}") from error
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()
-        ]
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
         raise RecipeError(f"{path}: {'; '.join(problems)}") from error
 
 
@@ -188,7 +184,8 @@ def launch(recipe: Recipe, *, resume: bool = False) -> None:
             if start.action == "finished":
                 if groups.rank == 0:
                     print(f"{recipe.folder.path} is finished ({start.checkpoint}); nothing to do")
-                    print(next_commands(recipe.folder.path))
+                    is_even = recipe.model.num_experts > 0 and recipe.model.num_experts % 2 == 0
+                    print(next_commands(recipe.folder.path, script=sys.argv[0], ep_size=2 if is_even else 1))
                 return
             data = _prepare_data(recipe, groups)
             _train(recipe, start, data, groups)

@@ -46,17 +46,22 @@ class ReportInput:
 
 def print_report(report: ReportInput, console: Console) -> None:
     """Print the report; write expert_load.png and domain_experts.png into the run folder if there are experts."""
-    _print_learned(report, console)
-    counts_DLE = _counts(report.evaluations)
-    ep_size = 1
-    if counts_DLE is not None:
-        assert counts_DLE.shape[1] == len(report.moe_layers), "one layer index per routing"
-        ep_size = 2 if counts_DLE.shape[2] % 2 == 0 else 1
-        _print_load(report, counts_DLE, console)
-        _print_specialisation(report, counts_DLE, console)
+    print_evaluation(report, console)
     _print_sample(report, console)
+    counts_DLE = _counts(report.evaluations)
+    ep_size = 2 if counts_DLE is not None and counts_DLE.shape[2] % 2 == 0 else 1
     _title("Try next", console)
     console.print(Text(next_commands(report.run_dir, script=report.script, ep_size=ep_size)), soft_wrap=True)
+
+
+def print_evaluation(report: ReportInput, console: Console) -> None:
+    """Print what the model learned and how its experts share the work; the pictures go into the run folder."""
+    _print_learned(report, console)
+    counts_DLE = _counts(report.evaluations)
+    if counts_DLE is not None:
+        assert counts_DLE.shape[1] == len(report.moe_layers), "one layer index per routing"
+        _print_load(report, counts_DLE, console)
+        _print_specialisation(report, counts_DLE, console)
 
 
 def next_commands(run_dir: Path, *, script: str = "", ep_size: int = 2) -> str:

@@ -72,10 +72,12 @@ class RunFolder:
             return Start(action="new")
         remove_leftovers(self.checkpoints_dir)
         newest = newest_checkpoint(self.checkpoints_dir, report=report)
+        saved_step = 0
         if newest is not None:
             reader = CheckpointReader.open(newest, check_hashes=False)
             self._check_same(recipe, reader.state["recipe"])
-            if reader.state["step"] >= steps:
+            saved_step = reader.state["step"]
+            if saved_step >= steps:
                 return Start(action="finished", checkpoint=newest)
         if not resume:
             where = f"its newest checkpoint is {newest.name}" if newest else "it has no complete checkpoint"
@@ -86,7 +88,7 @@ class RunFolder:
         write_json_atomic(self.recipe_file, recipe)
         if newest is None:
             report(f"{self.path} holds no complete checkpoint; starting from step 0")
-        self._drop_rows_after(0 if newest is None else reader.state["step"])
+        self._drop_rows_after(saved_step)
         return Start(action="resume" if newest else "new", checkpoint=newest)
 
     def _check_same(self, recipe: dict[str, Any], saved: dict[str, Any]) -> None:

@@ -19,10 +19,9 @@ import numpy
 import pytest
 import torch
 
+from moe.data.prepare import prepare
 from pool import Pool
 from runs import copy_data, small_recipe
-
-from moe.data.prepare import prepare
 
 SEED = 1234
 
@@ -60,7 +59,7 @@ def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "data"
 
 
-@pytest.fixture()
+@pytest.fixture
 def run_root(tmp_path: Path, prepared_data: Path) -> Path:
     """A folder of its own for runs, with the data there."""
     copy_data(prepared_data, tmp_path)

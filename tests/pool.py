@@ -52,17 +52,13 @@ class Pool:
                 except queue.Empty:
                     missing = sorted(set(range(world_size)) - set(results) - set(failures))
                     self.close()
-                    raise AssertionError(
-                        f"ranks {missing} gave no answer in {timeout_s} s; {failures}"
-                    ) from None
+                    raise AssertionError(f"ranks {missing} gave no answer in {timeout_s} s; {failures}") from None
                 if failure is None:
                     results[rank] = result
                 else:
                     failures[rank] = failure
         if failures:
-            raise AssertionError(
-                "\n".join(f"rank {rank}:\n{text}" for rank, text in sorted(failures.items()))
-            )
+            raise AssertionError("\n".join(f"rank {rank}:\n{text}" for rank, text in sorted(failures.items())))
         return [results[rank] for rank in range(world_size)]
 
     def close(self) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from debug import debug
-
 from moe.recipe import Recipe, launch
 
 

@@ -156,9 +156,7 @@ def run_reference(case: Case) -> Result:
     y_TD = reference.experts(x_TD, case.token_N, case.expert_N, weight_N, *weights)
     if not y_TD.requires_grad:  # no row is in use, so y depends on nothing
         return Result(y_TD, *(torch.zeros_like(leaf) for leaf in leaves))
-    return Result(
-        y_TD.detach(), *torch.autograd.grad(y_TD, leaves, case.dy_TD.double(), materialize_grads=True)
-    )
+    return Result(y_TD.detach(), *torch.autograd.grad(y_TD, leaves, case.dy_TD.double(), materialize_grads=True))
 
 
 def run_mirrored(case: Case) -> Result:

@@ -42,9 +42,7 @@ class GlobalLoad:
     def __init__(self, *, scope: Scope, group: ProcessGroup | None) -> None:
         self._scope = scope
         self._group = group
-        self._counts_LE: Tensor | None = (
-            None  # of the step so far: this rank's (micro) or all ranks' (global)
-        )
+        self._counts_LE: Tensor | None = None  # of the step so far: this rank's (micro) or all ranks' (global)
 
     def frequency(self, tokens_per_expert_LE: Tensor) -> Tensor:
         """Return the share of rows per expert over the scope, float64 [L, E], and remember the counts."""

@@ -47,7 +47,5 @@ class BatchConfig:
 
     def micro_batches(self, *, rank: int, world_size: int) -> list[range]:
         """Return the sequences of each of this rank's micro-batches, as numbers within the global batch."""
-        starts = [
-            (j * world_size + rank) * self.micro_sequences for j in range(self.accumulation(world_size))
-        ]
+        starts = [(j * world_size + rank) * self.micro_sequences for j in range(self.accumulation(world_size))]
         return [range(start, start + self.micro_sequences) for start in starts]

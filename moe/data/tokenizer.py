@@ -69,6 +69,8 @@ class TextEncoder:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text, and the end. The name of a special token in a text is plain text."""
+        if not texts:
+            return []  # the library cannot encode an empty list
         encoded = self._tokenizer(
             texts,
             add_special_tokens=False,

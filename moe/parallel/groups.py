@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from torch.distributed import HashStore, ProcessGroup  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +70,15 @@ class ParallelGroups:
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
         check_ep_size(ep_size, world_size)
-        expert_group = expert_data_group = None
+        expert_group: ProcessGroup | None = None
+        expert_data_group: ProcessGroup | None = None
         # every rank takes part in the creation of every group, in the same order
         for start in range(0, world_size, ep_size):
-            group = dist.new_group(list(range(start, start + ep_size)))
+            group = _new_group(list(range(start, start + ep_size)))
             if start <= rank < start + ep_size:
                 expert_group = group
         for first in range(ep_size):
-            group = dist.new_group(list(range(first, world_size, ep_size)))
+            group = _new_group(list(range(first, world_size, ep_size)))
             if rank % ep_size == first:
                 expert_data_group = group
         return cls(
@@ -91,6 +92,12 @@ class ParallelGroups:
             expert_data_group=expert_data_group,
             data_group=dist.group.WORLD,
         )
+
+
+def _new_group(ranks: list[int]) -> ProcessGroup | None:
+    group = dist.new_group(ranks)
+    # torch returns a marker to ranks outside the group
+    return group if isinstance(group, ProcessGroup) else None
 
 
 def check_ep_size(ep_size: int, world_size: int) -> None:
@@ -121,5 +128,5 @@ def start_process_group(*, timeout_s: float) -> torch.device:
     if launched_world_size() > 1 or "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     return device

@@ -92,15 +92,24 @@ def plan_text(
     times = 4 if parallel.activation_checkpointing else 3
     rows = [
         ("parameters", f"{count.total:,} total, {count.active:,} active per token"),
-        ("experts", f"{len(model.moe_layers)} of {model.num_hidden_layers} layers, {model.num_experts} experts, "
-                    f"{model.num_experts_per_tok} per token; {count.experts:,} parameters"),
+        (
+            "experts",
+            f"{len(model.moe_layers)} of {model.num_hidden_layers} layers, {model.num_experts} experts, "
+            f"{model.num_experts_per_tok} per token; {count.experts:,} parameters",
+        ),
         ("ranks", f"{world_size}, expert parallel {parallel.ep_size}, ZeRO {parallel.zero_stage}, {parallel.dtype}"),
-        ("batch", f"{batch.global_sequences} sequences of {batch.sequence_length} = {batch.tokens:,} tokens; "
-                  f"{batch.accumulation(world_size)} micro-batches of {batch.micro_sequences} on each rank"),
+        (
+            "batch",
+            f"{batch.global_sequences} sequences of {batch.sequence_length} = {batch.tokens:,} tokens; "
+            f"{batch.accumulation(world_size)} micro-batches of {batch.micro_sequences} on each rank",
+        ),
         ("tokens", f"{tokens:,} in {steps:,} steps ({tokens / count.active:.1f} per active parameter)"),
         ("compute", f"{forward * times * tokens:.3g} floating-point operations, {forward:,} per token forward"),
         ("memory", f"{memory.total / _GIB:.2f} GiB on each rank"),
-        ("", f"weights {memory.weights / _GIB:.2f}, gradients {memory.gradients / _GIB:.2f}, "
-             f"optimizer {memory.optimizer / _GIB:.2f}, activations about {memory.activations / _GIB:.2f}"),
+        (
+            "",
+            f"weights {memory.weights / _GIB:.2f}, gradients {memory.gradients / _GIB:.2f}, "
+            f"optimizer {memory.optimizer / _GIB:.2f}, activations about {memory.activations / _GIB:.2f}",
+        ),
     ]
     return "\n".join(f"{name:<11} {value}" for name, value in rows)

@@ -39,9 +39,7 @@ class RouterConfig:
         """Raise ValueError with the value, the limit and the remedy if the router cannot be built."""
         raise NotImplementedError
 
-    def build(
-        self, *, hidden_size: int, num_experts: int, num_experts_per_tok: int, layer_index: int
-    ) -> Router:
+    def build(self, *, hidden_size: int, num_experts: int, num_experts_per_tok: int, layer_index: int) -> Router:
         """Return the router of one layer, weights uninitialised."""
         raise NotImplementedError
 
@@ -71,9 +69,7 @@ def _read(value: Any, _handler: Any) -> RouterConfig:
     kind = value["kind"]
     if kind not in ROUTERS:
         raise ValueError(f"router kind {kind!r} is unknown; known are {', '.join(ROUTERS)}")
-    return TypeAdapter(ROUTERS[kind]).validate_python(
-        {name: v for name, v in value.items() if name != "kind"}
-    )
+    return TypeAdapter(ROUTERS[kind]).validate_python({name: v for name, v in value.items() if name != "kind"})
 
 
 def _write(value: RouterConfig, _handler: Any) -> dict[str, Any]:

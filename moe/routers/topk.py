@@ -35,9 +35,7 @@ class TopKConfig(RouterConfig):
     topk_group: int = 1
     use_selection_bias: bool = False
     bias_update_rate: float = 1e-3
-    router_jitter_noise: float = (
-        0.0  # router input times U(1 - eps, 1 + eps) while training; the experts see x itself
-    )
+    router_jitter_noise: float = 0.0  # router input times U(1 - eps, 1 + eps) while training; the experts see x itself
 
     def validate(self, *, num_experts: int, num_experts_per_tok: int) -> None:
         E, K = num_experts, num_experts_per_tok
@@ -69,9 +67,7 @@ class TopKConfig(RouterConfig):
         if self.bias_update_rate < 0:
             raise ValueError(f"router.bias_update_rate = {self.bias_update_rate} must not be negative")
 
-    def build(
-        self, *, hidden_size: int, num_experts: int, num_experts_per_tok: int, layer_index: int
-    ) -> "TopKRouter":
+    def build(self, *, hidden_size: int, num_experts: int, num_experts_per_tok: int, layer_index: int) -> "TopKRouter":
         return TopKRouter(
             config=self,
             hidden_size=hidden_size,

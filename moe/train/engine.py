@@ -69,9 +69,10 @@ class Engine:
         if self.zero_stage == 0:
             self.torch_optimizer.register_step_pre_hook(self._clip_before_step)
         with contextlib.redirect_stdout(io.StringIO()):  # the bf16 optimizer prints memory tables unasked
-            self._engine, *_ = deepspeed.initialize(
+            engine, *_ = deepspeed.initialize(
                 model=model, optimizer=self.torch_optimizer, config=_deepspeed_config(parallel, optimizer)
             )
+        self._engine: Any = engine
 
     @property
     def module(self) -> nn.Module:

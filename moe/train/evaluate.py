@@ -22,9 +22,7 @@ class DomainEvaluation:
 
     loss: float  # nats per token
     perplexity: float
-    bits_per_byte: (
-        float | None
-    )  # None where the bytes of the text are unknown (token files brought by a user)
+    bits_per_byte: float | None  # None where the bytes of the text are unknown (token files brought by a user)
     num_tokens: int
     tokens_per_expert_LE: Tensor | None  # int64, on the CPU; None for a model without MoE layers
 

@@ -60,9 +60,7 @@ class TrainStep:
         """Return what the step did. Raises ValueError for a global batch without a valid token."""
         num_tokens = self._sum_int(sum(batch.num_valid for batch in batches))
         if num_tokens == 0:
-            raise ValueError(
-                f"step {step}: the global batch holds no valid token; check the data and its padding"
-            )
+            raise ValueError(f"step {step}: the global batch holds no valid token; check the data and its padding")
         self._engine.module.train()
         context = RouterContext(seed=self._seed, step=step, progress=progress)
         sums = _StepSums()

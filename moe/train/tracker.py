@@ -55,7 +55,7 @@ class Tracker:
 def _start_mirror(run_dir: Path, config: TrackerConfig, name: str, recipe: dict[str, Any]) -> Any:
     import wandb  # takes 0.8 s, which only a mirrored run should pay
 
-    modes = ["online", "offline"] if config.wandb == "online" else ["offline"]
+    modes: list[Literal["online", "offline"]] = ["online", "offline"] if config.wandb == "online" else ["offline"]
     if config.wandb == "online" and "WANDB_API_KEY" not in os.environ:
         # asked for a key it does not have, wandb would wait for one on a terminal
         logger.warning("tracker.wandb = online, but WANDB_API_KEY is not set; mirroring offline")

@@ -72,9 +72,7 @@ class Trainer:
         while self._step < config.steps:
             started = time.perf_counter()
             batches = [self._stream.batch(self._step, indices) for indices in micro_batches]
-            learning_rate = self._optimizer.learning_rate * self._schedule.factor(
-                self._step, steps=config.steps
-            )
+            learning_rate = self._optimizer.learning_rate * self._schedule.factor(self._step, steps=config.steps)
             record = self._train_step.run(
                 batches, step=self._step, progress=self._step / config.steps, learning_rate=learning_rate
             )
@@ -100,12 +98,8 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         return every > 0 and (self._step % every == 0 or self._step == self._config.steps)
 
-    def _log(
-        self, record: StepRecord, learning_rate: float, tokens_per_s: float, *, seconds_left: float
-    ) -> None:
-        load = (
-            asdict(record.load) if record.load else {"max_over_mean": 1.0, "cv": 0.0, "dead_expert_frac": 0.0}
-        )
+    def _log(self, record: StepRecord, learning_rate: float, tokens_per_s: float, *, seconds_left: float) -> None:
+        load = asdict(record.load) if record.load else {"max_over_mean": 1.0, "cv": 0.0, "dead_expert_frac": 0.0}
         row: dict[str, Any] = {
             "step": self._step,
             "tokens": self._tokens,
@@ -127,9 +121,7 @@ class Trainer:
             self._tracker.log(row)
         self._console.row(row, seconds_left=seconds_left)
         if record.is_skipped:
-            self._console.say(
-                f"step {self._step}: gradient norm is not finite; the update was skipped on all ranks"
-            )
+            self._console.say(f"step {self._step}: gradient norm is not finite; the update was skipped on all ranks")
 
     def _evaluate(self) -> dict[str, DomainEvaluation]:
         evaluations = evaluate(

@@ -21,9 +21,7 @@ def make_layer(config: TopKConfig, *, shared: bool = False, checkpointing: bool 
     layer = MoELayer(
         router=config.build(hidden_size=D, num_experts=E, num_experts_per_tok=K, layer_index=0),
         dispatcher=make_dispatcher(groups, num_experts=E),
-        experts=Experts(
-            num_experts=E, hidden_size=D, intermediate_size=HIDDEN, groups=groups, backend="naive"
-        ),
+        experts=Experts(num_experts=E, hidden_size=D, intermediate_size=HIDDEN, groups=groups, backend="naive"),
         shared_expert=nn.Linear(D, D, bias=False) if shared else None,
         activation_checkpointing=checkpointing,
     )
@@ -125,6 +123,4 @@ def test_a_layer_gives_the_same_with_every_backend_that_runs_here(backend):
 
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="fastest"):
-        Experts(
-            num_experts=E, hidden_size=8, intermediate_size=8, groups=ParallelGroups.single(), backend="fastest"
-        )
+        Experts(num_experts=E, hidden_size=8, intermediate_size=8, groups=ParallelGroups.single(), backend="fastest")

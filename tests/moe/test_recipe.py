@@ -1,4 +1,4 @@
-"""Recipes: JSON and command line there and back, and every wrong value refused with the remedy before anything starts."""
+"""Recipes: JSON and command line there and back; wrong values refused with the remedy before anything starts."""
 
 import json
 import os
@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import curve, rows_of, small_recipe, train
 
 from moe.checkpoint import list_checkpoints
 from moe.recipe import main, read_recipe
 from moe.routers.topk import TopKConfig
 from moe.run import RecipeError
+from runs import curve, rows_of, small_recipe, train
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -23,9 +23,7 @@ class ExpertsBackend(Protocol):
     not None. Inputs and incoming gradients are never written to.
     """
 
-    def refusal(
-        self, *, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...] = ()
-    ) -> str | None:
+    def refusal(self, *, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...] = ()) -> str | None:
         """Return why this backend cannot run there, with the remedy, or None if it can.
 
         Args:
@@ -74,9 +72,7 @@ def resolve_backend(
     chosen = name
     if name == "auto":
         if device.type not in AUTO:
-            raise ValueError(
-                f"backend 'auto' knows {', '.join(AUTO)}, not {device.type!r}; name a backend instead"
-            )
+            raise ValueError(f"backend 'auto' knows {', '.join(AUTO)}, not {device.type!r}; name a backend instead")
         chosen = AUTO[device.type]
     if chosen not in BACKENDS:
         raise ValueError(f"backend {name!r} is unknown; known are auto, {', '.join(BACKENDS)}")

@@ -10,9 +10,7 @@ from moe_kernels.backends import BACKENDS
 class NaiveBackend:
     """Each expert picks its rows, runs them, and adds the weighted results to their tokens."""
 
-    def refusal(
-        self, *, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...] = ()
-    ) -> str | None:
+    def refusal(self, *, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...] = ()) -> str | None:
         return None
 
     def __call__(

@@ -19,9 +19,7 @@ from moe_kernels.grouping import group_rows
 class SegmentsBackend:
     """Sorts the rows by expert and runs each expert's segment with dense products. CPU only."""
 
-    def refusal(
-        self, *, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...] = ()
-    ) -> str | None:
+    def refusal(self, *, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...] = ()) -> str | None:
         if device.type != "cpu":
             return "it reads the segment bounds on the host and is written for CPUs; use 'auto' or 'naive'"
         return None
@@ -63,13 +61,13 @@ def padded_rows(count: int, dtype: torch.dtype) -> int:
     oneDNN compiles a kernel for every row count it has not met, and routing makes new counts at every step.
     So counts are rounded up to multiples of 16, above 128 of an eighth of the power of two they lie under.
     """
-    # GFLOP/s of the first pass over 192 fresh counts (forward, dX and dW products of width 256 x 512, for the
-    # last two 512 x 512); 2-core EPYC with avx512_bf16 and without AMX, 1 thread, torch 2.13, 2026-11:
+    # GFLOP/s of the first pass over 192 fresh counts (forward, dX and dW products, weights 512 x 256, in the last two
+    # columns 512 x 512; per second of CPU time; EPYC with avx512_bf16 and without AMX, 1 thread, torch 2.13, 2026-11):
     #   counts from..to               1..24   20..90   60..200   150..380   400..2000
-    #   bfloat16, as they are            12       19        37         90         148
-    #   bfloat16, rounded up             52      124       155        146         172
-    #   float32 (MKL), as they are       35       59        77         83          81
-    #   float32, multiples of 16         32       61        83         87          86   nothing worth having
+    #   bfloat16, as they are            26       44        65        139         163
+    #   bfloat16, rounded up             46      110       143        175         177
+    #   float32 (MKL), as they are       41       73        79         91          88
+    #   float32, multiples of 16         30       63        76         89          84
     if dtype != torch.bfloat16:
         return count
     step = 16

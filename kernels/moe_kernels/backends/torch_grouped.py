@@ -19,9 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class TorchGroupedBackend:
     """Gathers the rows in expert order, runs two grouped products, sums per token. The default on CUDA."""
 
-    def refusal(
-        self, *, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...] = ()
-    ) -> str | None:
+    def refusal(self, *, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...] = ()) -> str | None:
         if dtype not in DTYPES:
             known = ", ".join(str(known) for known in DTYPES)
             return f"grouped_mm takes {known}; use backend 'naive', or 'segments' on a CPU"

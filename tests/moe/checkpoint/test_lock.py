@@ -70,10 +70,12 @@ def test_the_lock_of_a_living_process_holds_and_that_of_a_killed_one_is_taken_ov
 
 
 def test_a_half_written_lock_file_of_a_dead_run_does_not_matter(tmp_path):
-    for content in (b"", b'{"pid": 1', b"\xff\x00", b"[]", b'{"pid": null, "host": 1, "started": 2}'):
+    for content in (b"", b'{"pid": 1', b"\xff\x00" * 500, b"[]", b'{"pid": null, "host": 1, "started": 2}'):
         (tmp_path / "run.lock").write_bytes(content)
         with RunLock.acquire(tmp_path) as lock:
             assert lock.replaced is None
+            with pytest.raises(RunLockedError, match=f"process {os.getpid()}"):
+                RunLock.acquire(tmp_path)
 
 
 def test_a_child_that_inherited_the_lock_does_not_keep_a_released_one(tmp_path):

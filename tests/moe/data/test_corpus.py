@@ -56,7 +56,7 @@ class Müller:
 
 @pytest.mark.parametrize(
     "source",
-    [ODD, *(Path(module.__file__).read_text() for module in (json.decoder, dataclasses, textwrap, ast, hashlib))],
+    [ODD, *(Path(str(module.__file__)).read_text() for module in (json.decoder, dataclasses, textwrap, ast, hashlib))],
     ids=["odd", "json", "dataclasses", "textwrap", "ast", "hashlib"],
 )
 def test_source_without_docstrings_is_the_same_program(source: str) -> None:

@@ -13,7 +13,12 @@ import pytest
 
 from moe.data.formats import check_readable, read_documents
 
-TEXTS = ["plain words\nin two lines\n", "umlaut ä, 漢字, emoji 😀, \u2028 separator", "\ttabs and  spaces  ", "x" * 3000]
+TEXTS = [
+    "plain words\nin two lines\n",
+    "umlaut ä, 漢字, emoji 😀, \u2028 separator",
+    "\ttabs and  spaces  ",
+    "x" * 3000,
+]
 
 
 def _jsonl(texts: list[str], field: str = "text") -> bytes:

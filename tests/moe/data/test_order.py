@@ -33,11 +33,11 @@ def test_permutation_of_a_huge_set_needs_no_table() -> None:
 @pytest.mark.parametrize("size", [10, 1000])
 def test_permutations_look_random(size: int) -> None:
     """Against a uniform choice: where index 0 goes, and how far apart neighbours land."""
-    images = np.array([permute(np.arange(size), size=size, key=derive_key("seed", key)) for key in range(2000)])
+    images = np.array([permute(np.arange(size), size=size, key=derive_key("seed", key)) for key in range(600)])
     bins = np.bincount(images[:, 0] * 10 // size, minlength=10)
-    assert (((bins - 200) ** 2) / 200).sum() < 27.9  # chi-squared with 9 degrees of freedom, p = 0.001
+    assert (((bins - 60) ** 2) / 60).sum() < 27.9  # chi-squared with 9 degrees of freedom, p = 0.001
     ascents = (images[:, 1:] > images[:, :-1]).mean()
-    assert abs(ascents - 0.5) < 0.01
+    assert abs(ascents - 0.5) < 0.02
     correlation = np.corrcoef(images[:, :-1].ravel(), images[:, 1:].ravel())[0, 1]
     assert abs(correlation + 1 / (size - 1)) < 0.03  # of neighbours in a uniform permutation
 
@@ -48,7 +48,10 @@ def test_order_never_changes_between_releases() -> None:
     assert derive_key(1, "python", 2) == 14408198877863185888
     assert permute(np.arange(8), size=8, key=1).tolist() == [5, 1, 2, 4, 0, 7, 3, 6]
     domain_N, rank_N = Mixture({"a": 1.0, "b": 3.0}, seed=0).locate(np.arange(60, 72))
-    assert (domain_N.tolist(), rank_N.tolist()) == ([0, 1, 0, 1, 1, 0, 1, 1, 1, 1, 1, 1], [14, 46, 15, 47, 48, 16, 49, 50, 51, 52, 53, 54])
+    assert (domain_N.tolist(), rank_N.tolist()) == (
+        [0, 1, 0, 1, 1, 0, 1, 1, 1, 1, 1, 1],
+        [14, 46, 15, 47, 48, 16, 49, 50, 51, 52, 53, 54],
+    )
 
 
 def test_long_run_shares_are_exact() -> None:

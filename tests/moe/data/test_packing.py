@@ -77,7 +77,8 @@ def test_every_token_is_a_label_exactly_once(make_data: MakeData, length: int) -
     lengths = np.random.default_rng(0).integers(1, 90, size=30).tolist()
     data = make_data({"a": lengths})
     file = data.domains[0].train
-    for packing, expected in (("pad", file.tokens), ("concatenate", file.tokens[1:])):
+    cases: list[tuple[Packing, np.ndarray]] = [("pad", file.tokens), ("concatenate", file.tokens[1:])]
+    for packing, expected in cases:
         sequences = Sequences(file, sequence_length=length, packing=packing, eos_token_id=EOS, keep_tail=True)
         rows = [sequences[index] for index in range(sequences.num_sequences)]
         labels = np.concatenate([row.label_S[row.valid_S] for row in rows])

@@ -13,9 +13,7 @@ MakeData = Callable[..., PreparedData]
 
 
 def test_loss_equals_a_slow_count(make_data: MakeData) -> None:
-    data = make_data(
-        {"a": [9, 30], "b": [5]}, weights={"a": 3.0}, validation={"a": [12, 3], "b": [70]}
-    )
+    data = make_data({"a": [9, 30], "b": [5]}, weights={"a": 3.0}, validation={"a": [12, 3], "b": [70]})
     num_tokens = 39 + 5
     smoothed: dict[int, float] = {}
     frequency = [Counter(domain.train.tokens.tolist()) for domain in data.domains]

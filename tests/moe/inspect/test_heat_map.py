@@ -60,7 +60,7 @@ def test_lines_that_are_too_long_go_on_below() -> None:
 
 
 @pytest.mark.parametrize("E", [1, 2, 5, 16, 18, 19, 64, 65, 128, 257])
-@pytest.mark.parametrize("width", [40, 80, 200])
+@pytest.mark.parametrize("width", [40, 79, 80, 200])
 def test_every_expert_has_its_cell_within_the_width(E: int, width: int) -> None:
     counts_LE = torch.ones(48, E, dtype=torch.int64)
     shown = lines(counts_LE, width=width)

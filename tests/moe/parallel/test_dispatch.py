@@ -138,9 +138,7 @@ def test_one_rank_needs_no_all_to_all():
 
 
 def test_experts_that_do_not_divide_are_refused():
-    groups = ParallelGroups(
-        rank=0, world_size=3, ep_size=3, ep_rank=0, edp_rank=0, device=torch.device("cpu")
-    )
+    groups = ParallelGroups(rank=0, world_size=3, ep_size=3, ep_rank=0, edp_rank=0, device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"ep_size = 3 does not divide the 4 experts .* use one of \[1, 2, 4\]"):
         make_dispatcher(groups, num_experts=4)
     assert isinstance(make_dispatcher(groups, num_experts=6), AllToAllDispatcher)

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tiny import tiny_config
 from torch import Tensor
 
 from moe.balance.load import BalanceConfig
@@ -15,6 +14,7 @@ from moe.initial import initialise
 from moe.model import Model
 from moe.parallel.groups import ParallelConfig, ParallelGroups
 from moe.train.optimizer import OptimizerConfig, parameter_groups
+from tiny import tiny_config
 
 SEQUENCES, LENGTH, VOCAB, STEPS = 8, 12, 37, 3
 BALANCE = BalanceConfig(coefficient=0.02, z_coefficient=0.001)

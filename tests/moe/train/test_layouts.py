@@ -1,13 +1,14 @@
 """A run is a function of its recipe, not of its layout: free fp32 steps through the engine as users run it.
 
-Tolerances: losses 1e-6, gradient norm 1e-5, counts equal. Rounding differs between layouts, and beyond about six steps it
-may flip a top-k choice, from where two right runs part; so six steps. Without accumulation the rolling balance is exact,
-so every layout here takes its whole share of the batch in one micro-batch.
+Tolerances: losses 1e-6, gradient norm 1e-5, counts equal. Rounding differs between layouts, and beyond about six
+steps it may flip a top-k choice, from where two right runs part; so six steps. Without accumulation the rolling
+balance is exact, so every layout here takes its whole share of the batch in one micro-batch.
 """
 
 from pathlib import Path
 
 import pytest
+
 from runs import curve, small_recipe, train
 
 LAYOUTS = [  # world, ep, ZeRO stage, activation checkpointing
@@ -66,7 +67,13 @@ def assert_same(rows: list[dict], reference: list[dict]) -> None:
         ):
             assert row[name] == pytest.approx(expected[name], rel=tolerance), (row["step"], name)
         # figures of counts: equal counts give equal figures
-        for name in ("tokens", "moe/load_max_over_mean", "moe/load_cv", "moe/dead_expert_frac", "moe/experts_per_token"):
+        for name in (
+            "tokens",
+            "moe/load_max_over_mean",
+            "moe/load_cv",
+            "moe/dead_expert_frac",
+            "moe/experts_per_token",
+        ):
             assert row[name] == expected[name], (row["step"], name)
 
 

@@ -1,9 +1,9 @@
 """What decays, and which settings are refused."""
 
 import pytest
-from tiny import tiny_model
 
 from moe.train.optimizer import OptimizerConfig, parameter_groups
+from tiny import tiny_model
 
 
 def test_matrices_decay_and_every_parameter_is_in_exactly_one_group():
@@ -24,7 +24,14 @@ def test_matrices_decay_and_every_parameter_is_in_exactly_one_group():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("learning_rate", 0.0), ("beta1", 1.0), ("beta2", -0.1), ("eps", 0.0), ("weight_decay", -1.0), ("max_grad_norm", -1.0)],
+    [
+        ("learning_rate", 0.0),
+        ("beta1", 1.0),
+        ("beta2", -0.1),
+        ("eps", 0.0),
+        ("weight_decay", -1.0),
+        ("max_grad_norm", -1.0),
+    ],
 )
 def test_impossible_settings_are_refused(field, value):
     with pytest.raises(ValueError, match=f"optimizer.{field} = {value}"):

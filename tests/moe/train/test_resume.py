@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import curve, rows_of, small_recipe, train
 
 from moe.checkpoint import CheckpointReader, list_checkpoints, write_json_atomic
 from moe.recipe import Recipe
+from runs import curve, rows_of, small_recipe, train
 
 
 def final_tensors(recipe: Recipe) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Learning rate over a run, against values worked out by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -15,7 +16,7 @@ def test_cosine_warms_up_linearly_and_falls_to_the_minimum():
     assert factors[14] == pytest.approx(0.1 + 0.9 * 0.5)
     assert factors[9] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
     assert schedule.factor(24, steps=24) == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(factors[4:], factors[5:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(factors[4:]))
 
 
 def test_wsd_stays_at_the_peak_and_decays_over_the_last_share():

@@ -26,18 +26,21 @@ from moe_kernels.testing import (
     run_reference,
 )
 
+# torch only warns when an out= buffer is too small and gets reallocated
+pytestmark = pytest.mark.filterwarnings("error")
+
 CPU = torch.device("cpu")
 # RMS ratio to the reference in float64: 20 times what rounding gives, far below one wrong row
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6}
-SHAPES = {
-    "no_token": dict(T=0, D=8, F=4, E=3, K=2),
-    "one_token": dict(T=1, D=8, F=12, E=3, K=2),
-    "odd_widths": dict(T=29, D=17, F=13, E=5, K=3),
-    "widths_of_one": dict(T=7, D=1, F=1, E=2, K=1),
-    "one_expert": dict(T=6, D=8, F=12, E=1, K=1),
-    "every_expert": dict(T=9, D=16, F=8, E=4, K=4),
-    "more_experts_than_rows": dict(T=11, D=24, F=8, E=64, K=3),
-    "long_segments": dict(T=130, D=40, F=24, E=3, K=2),
+SHAPES = {  # T, D, F, E, K
+    "no_token": (0, 8, 4, 3, 2),
+    "one_token": (1, 8, 12, 3, 2),
+    "odd_widths": (29, 17, 13, 5, 3),
+    "widths_of_one": (7, 1, 1, 2, 1),
+    "one_expert": (6, 8, 12, 1, 1),
+    "every_expert": (9, 16, 8, 4, 4),
+    "more_experts_than_rows": (11, 24, 8, 64, 3),
+    "long_segments": (130, 40, 24, 3, 2),
 }
 
 
@@ -50,9 +53,14 @@ FLOAT32 = [name for name in BACKENDS if runs_on_cpu(name, torch.float32)]
 BFLOAT16 = [name for name in BACKENDS if runs_on_cpu(name, torch.bfloat16)]
 
 
+def case_of(routing: str, shape: str, dtype: torch.dtype) -> Case:
+    T, D, F, E, K = SHAPES[shape]
+    return make_case(routing, T=T, D=D, F=F, E=E, K=K, dtype=dtype)
+
+
 @functools.cache
 def truth(routing: str, shape: str, dtype: torch.dtype) -> Result:
-    return run_reference(make_case(routing, **SHAPES[shape], dtype=dtype))
+    return run_reference(case_of(routing, shape, dtype))
 
 
 def test_the_registry_holds_the_backends_of_the_house() -> None:
@@ -65,7 +73,7 @@ def test_the_registry_holds_the_backends_of_the_house() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_output_and_every_gradient_equal_the_reference(name: str, dtype: torch.dtype, shape: str, routing: str) -> None:
-    case = make_case(routing, **SHAPES[shape], dtype=dtype)
+    case = case_of(routing, shape, dtype)
     if not runs_on_cpu(name, dtype, tuple(case.down_EDF.shape[1:])):
         with pytest.raises(ValueError):
             run(BACKENDS[name], case)
@@ -253,8 +261,9 @@ def test_gradient_of_one_input_does_not_need_the_others(name: str) -> None:
     for position, gradient in enumerate(wanted):
         leaves = [t.clone() for t in (case.x_TD, case.weight_N, case.gate_up_E2FD, case.down_EDF)]
         leaves[position].requires_grad_()
-        call(BACKENDS[name], case, leaves).backward(case.dy_TD)
-        assert torch.equal(leaves[position].grad, gradient)
+        y_TD = call(BACKENDS[name], case, leaves)
+        (alone,) = torch.autograd.grad(y_TD, [leaves[position]], case.dy_TD)
+        assert torch.equal(alone, gradient)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

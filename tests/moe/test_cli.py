@@ -1,0 +1,86 @@
+"""`moe`: every command on a run trained for a few steps, and on what is no run."""
+
+import pytest
+
+from moe.checkpoint import list_checkpoints
+from moe.cli import main
+from moe.recipe import Recipe
+from runs import curve, rows_of, small_recipe, train
+
+
+@pytest.fixture(scope="module")
+def trained(pool, prepared_data, tmp_path_factory) -> Recipe:
+    root = tmp_path_factory.mktemp("cli")
+    recipe = small_recipe(root, trainer={"save_every": 3}, data={"cache_dir": str(prepared_data)})
+    pool.run(train, recipe, world_size=2)
+    return recipe
+
+
+def test_eval_repeats_the_last_evaluation_of_the_run(trained, capsys):
+    main(["eval", str(trained.folder.path), "--sequences", "3"])
+    text = capsys.readouterr().out
+    last = [row for row in rows_of(trained) if "eval/cpp/loss" in row][-1]
+    for domain in ("cpp", "maths", "prose", "python"):
+        line = next(line for line in text.splitlines() if line.startswith(domain))
+        assert f"{last[f'eval/{domain}/loss']:.3f}" in line
+        assert f"{last[f'eval/{domain}/bits_per_byte']:.3f}" in line
+    assert "expert" in text.lower()
+
+
+def test_eval_takes_one_checkpoint_of_several(trained, capsys):
+    first = list_checkpoints(trained.folder.checkpoints_dir)[0]
+    main(["eval", str(first), "--sequences", "2"])
+    assert "step_00000003" in capsys.readouterr().out
+
+
+def test_sample_continues_the_prompt_and_is_a_function_of_the_seed(trained, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        main(["sample", str(trained.folder.path), "--prompt", "def ", "--tokens", "12", "--seed", seed])
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("def ")
+    assert len(texts[0]) > len("def \n")
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_train_launches_what_the_run_wrote_down(trained, pool):
+    name = "again"
+    pool.run(main, ["train", str(trained.folder.recipe_file), "--name", name], world_size=2)
+    again = small_recipe(trained.folder.path.parent.parent, name)
+    assert curve(again) == curve(trained)
+
+
+def test_doctor_says_what_runs_here(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0, text
+    for word in ("torch", "deepspeed", "segments", "naive"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["eval", "no/such/run"], "neither a run folder"),
+        (["sample", "no/such/run"], "neither a run folder"),
+        (["train", "no/such/recipe.json"], "no recipe at"),
+        (["train"], "needs the path of a recipe.json"),
+    ],
+)
+def test_what_is_no_run_is_refused_in_one_line(args, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_a_run_without_a_checkpoint_is_refused(tmp_path, capsys):
+    recipe = small_recipe(tmp_path)
+    recipe.folder.path.mkdir(parents=True)
+    recipe.folder.recipe_file.write_text("{}")
+    with pytest.raises(SystemExit):
+        main(["sample", str(recipe.folder.path)])
+    assert "has no good checkpoint" in capsys.readouterr().err
