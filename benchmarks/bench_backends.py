@@ -69,6 +69,7 @@ class Row:
     device: str
     torch: str
     threads: int
+    clock: str
     dtype: str
     T: int
     D: int
@@ -99,6 +100,8 @@ class Options:
     rounds: int = 15
     device: str = "cpu"
     threads: int = dataclasses.field(default_factory=torch.get_num_threads)
+    clock: Literal["wall", "cpu"] = "wall"
+    """cpu: the time this thread spends on a core, for machines that others use too; needs --threads 1."""
 
 
 def describe_device(device: torch.device) -> str:
@@ -125,13 +128,13 @@ def check_answer(backend: ExpertsBackend, shape: Shape, dtype: str, skew: str, d
     assert_close(run(backend, case), run_reference(case), tolerance=TOLERANCE[dtype])
 
 
-def time_once(backend: ExpertsBackend, case: Case) -> dict[str, float]:
+def time_once(backend: ExpertsBackend, case: Case, clock: str) -> dict[str, float]:
     """Return the milliseconds of one forward and one backward pass, by mode."""
 
     def now() -> float:
         if case.x_TD.is_cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() * 1e3
+        return (time.thread_time() if clock == "cpu" else time.perf_counter()) * 1e3
 
     tensors = (case.x_TD, case.weight_N, case.gate_up_E2FD, case.down_EDF)
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
@@ -142,15 +145,15 @@ def time_once(backend: ExpertsBackend, case: Case) -> dict[str, float]:
     return {"forward": middle - start, "backward": now() - middle}
 
 
-def time_in_turns(case: Case, shape: Shape, skew: str, rounds: int, names: list[str]) -> dict[str, list[dict]]:
+def time_in_turns(case: Case, shape: Shape, skew: str, options: Options, names: list[str]) -> dict[str, list[dict]]:
     """Return the timings of every backend, one entry per round. Each call gets fresh rows; turns rotate."""
     timings: dict[str, list[dict]] = {name: [] for name in names}
     generator = torch.Generator().manual_seed(1)
-    for turn in range(WARMUP_ROUNDS + rounds):
+    for turn in range(WARMUP_ROUNDS + options.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             _, expert_N = make_rows(skew, T=shape.T, E=shape.E, K=shape.K, generator=generator)
             fresh = dataclasses.replace(case, expert_N=expert_N.to(case.expert_N.device))
-            timings[name].append(time_once(BACKENDS[name], fresh))
+            timings[name].append(time_once(BACKENDS[name], fresh, options.clock))
     return {name: rows[WARMUP_ROUNDS:] for name, rows in timings.items()}
 
 
@@ -162,7 +165,7 @@ def bench(shape: Shape, dtype: str, skew: str, options: Options) -> list[Row]:
     for name in names:
         check_answer(BACKENDS[name], shape, dtype, skew, device)
     case = make_case(skew, **dataclasses.asdict(shape), dtype=DTYPES[dtype], device=device)
-    timings = time_in_turns(case, shape, skew, options.rounds, names)
+    timings = time_in_turns(case, shape, skew, options, names)
     rows = []
     for name in names:
         saved_mib = saved_bytes(BACKENDS[name], case) / 2**20
@@ -177,6 +180,7 @@ def bench(shape: Shape, dtype: str, skew: str, options: Options) -> list[Row]:
                     device=describe_device(device),
                     torch=torch.__version__,
                     threads=options.threads,
+                    clock=options.clock,
                     dtype=dtype,
                     **dataclasses.asdict(shape),
                     skew=skew,
@@ -220,13 +224,17 @@ def print_rows(console: Console, title: str, rows: list[Row]) -> None:
 
 def main(options: Options) -> None:
     """Check, time, print, and add to the results if a machine is named."""
+    if options.clock == "cpu" and (options.threads != 1 or options.device != "cpu"):
+        raise ValueError(f"--clock cpu sees one CPU thread, not {options.threads} on {options.device}; use --threads 1")
     torch.set_num_threads(options.threads)
     console = Console()
     for name in options.shapes:
         for dtype in options.dtypes:
             for skew in options.skews:
                 rows = bench(SHAPES[name], dtype, skew, options)
-                print_rows(console, f"{SHAPES[name]} {dtype} {skew}, {options.threads} threads", rows)
+                print_rows(
+                    console, f"{SHAPES[name]} {dtype} {skew}, {options.threads} threads, {options.clock} time", rows
+                )
                 if options.machine:
                     append_rows(RESULTS / f"{options.machine}.csv", rows)
 

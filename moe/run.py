@@ -1,6 +1,6 @@
 """Run folder: what a name on disk holds, and whether a launch may start, continue or leave it alone.
 
-runs/<name>/  recipe.json   metrics.jsonl   checkpoints/step_00000100/   lock   (report pictures)
+runs/<name>/  recipe.json   metrics.jsonl   checkpoints/step_00000100/   run.lock   *.png
 """
 
 import json

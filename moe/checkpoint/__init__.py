@@ -1,6 +1,6 @@
 """Checkpoints: named logical tensors on disk, complete or absent, readable into any layout, without pickle.
 
-The package knows nothing of engines or models. Whoever saves hands over `Shard`s, pieces of logical tensors
+All but weights.py knows nothing of engines or models. Whoever saves hands over `Shard`s, pieces of logical tensors
 along dimension 0; whoever loads asks for rows of a logical tensor, however it was cut. docs/checkpoints.md
 describes the files.
 """

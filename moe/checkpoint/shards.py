@@ -40,7 +40,7 @@ def collect(shards: Iterable[Shard]) -> Pieces:
             continue  # this rank has no part of the tensor
         key = shard.name if shard.offset == 0 else f"{shard.name}@{shard.offset}"
         if key in pieces.tensors:
-            raise ValueError(f"{shard.name!r}: one rank brings the rows from {shard.offset} twice")
+            raise ValueError(f"one rank brings two pieces that would be stored as {key!r}")
         pieces.tensors[key] = _own(shard.tensor.detach().cpu().contiguous(), addresses)
         pieces.index.append(
             {

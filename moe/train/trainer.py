@@ -14,7 +14,7 @@ from moe.checkpoint import CheckpointReader, prune, save_checkpoint
 from moe.data.batching import BatchConfig
 from moe.data.store import PreparedData
 from moe.data.tokens import BatchStream
-from moe.parallel.agree import all_gather
+from moe.parallel.agree import all_gather, on_first_rank
 from moe.parallel.groups import ParallelGroups
 from moe.train.console import RunConsole
 from moe.train.engine import Engine
@@ -163,6 +163,12 @@ class Trainer:
             gather=partial(all_gather, self._groups),
         )
         self._saved_step = self._step
-        if self._groups.rank == 0:
-            prune(directory, keep=self._config.keep_checkpoints)
+        on_first_rank(self._groups, lambda: self._prune(directory, path))
         self._console.say(f"step {self._step}/{self._config.steps}  saved {path}")
+
+    def _prune(self, directory: Path, newest: Path) -> None:
+        try:
+            prune(directory, self._config.keep_checkpoints, known_good=newest)
+        except OSError as error:
+            # an old checkpoint too many does no harm; ending the run over it would
+            self._console.say(f"an old checkpoint could not be removed: {error}")

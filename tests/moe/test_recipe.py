@@ -196,3 +196,10 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_newest_good_one_is_used
     pool.run(train, recipe, True, world_size=1)
     assert curve(recipe) == expected
     assert [row["step"] for row in rows_of(recipe) if row.get("resume")] == [2]
+
+
+def test_a_second_process_on_a_running_folder_is_refused(pool, run_root):
+    recipe = small_recipe(run_root)
+    with recipe.folder.lock(), pytest.raises(AssertionError, match=rf"RecipeError.*{os.getpid()}"):
+        pool.run(train, recipe, world_size=2)
+    assert not recipe.folder.recipe_file.exists()

@@ -135,7 +135,12 @@ BAD_SHARDS = {
         Shard(name="w", tensor=PIECE, logical_shape=(3, 3)),
         Shard(name="w", tensor=PIECE, logical_shape=(3, 3), offset=1),
     ],
-    "twice": [Shard(name="w", tensor=PIECE, logical_shape=(2, 3))] * 2,
+    "two pieces that would be stored as 'w'": [Shard(name="w", tensor=PIECE, logical_shape=(2, 3))] * 2,
+    "two pieces that would be stored as 'w@2'": [
+        Shard(name="w", tensor=PIECE, logical_shape=(4, 3)),
+        Shard(name="w", tensor=PIECE, logical_shape=(4, 3), offset=2),
+        Shard(name="w@2", tensor=PIECE, logical_shape=(2, 3)),
+    ],
     "disagree": [
         Shard(name="w", tensor=PIECE, logical_shape=(4, 3)),
         Shard(name="w", tensor=PIECE.double(), logical_shape=(4, 3), offset=2),

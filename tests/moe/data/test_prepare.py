@@ -114,6 +114,19 @@ def test_every_format_gives_the_same_tokens(config: DataConfig, tmp_path: Path) 
         assert prepare(other, report=Log()).fingerprint == fingerprint
 
 
+def test_tokenizer_is_trained_on_nothing_that_is_held_out(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, seen = moe.data.build.train_tokenizer, []
+
+    def train_and_watch(texts: Iterable[str], *, vocab_size: int, folder: Path) -> None:
+        seen.extend(texts)
+        train(seen, vocab_size=vocab_size, folder=folder)
+
+    monkeypatch.setattr(moe.data.build, "train_tokenizer", train_and_watch)
+    data = prepare(config, report=Log())
+    assert sorted(seen) == sorted(_texts(data, "train"))
+    assert _texts(data, "validation")
+
+
 def test_second_call_finds_the_cache_without_a_word(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(config, report=Log())
     monkeypatch.setattr(moe.data.build, "build", None)
