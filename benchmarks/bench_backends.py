@@ -115,8 +115,8 @@ def describe_device(device: torch.device) -> str:
 
 
 def current_commit() -> str:
-    """Return the short hash of the commit checked out, "none" outside a repository or before its first commit."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
+    """Return the commit checked out, marked "-dirty" if files differ from it, or "none" outside a repository."""
+    git = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     answer = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return answer.stdout.strip() if answer.returncode == 0 else "none"
 
@@ -214,10 +214,12 @@ def append_rows(path: Path, rows: list[Row]) -> None:
 
 def print_rows(console: Console, title: str, rows: list[Row]) -> None:
     """Print rows as a table."""
-    columns = ("p20_ms", "p50_ms", "p80_ms", "ratio_to_naive", "gflops", "saved_mib")
-    table = Table("backend", "mode", "p20 ms", "p50 ms", "p80 ms", "to naive", "GFLOP/s", "saved MiB", box=None)
+    heads = ("backend", "mode", "p20 ms", "p50 ms", "p80 ms", "to naive", "GFLOP/s", "saved MiB")
+    table = Table(*heads, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(row.backend, row.mode, *(str(getattr(row, column)) for column in columns))
+        times = (f"{milliseconds:.1f}" for milliseconds in (row.p20_ms, row.p50_ms, row.p80_ms))
+        ratio, gflops, saved_mib = f"{row.ratio_to_naive:.2f}", f"{row.gflops:.0f}", f"{row.saved_mib:.1f}"
+        table.add_row(row.backend, row.mode, *times, ratio, gflops, saved_mib)
     console.print(f"\n{title}")
     console.print(table)
 

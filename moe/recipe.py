@@ -40,6 +40,7 @@ from moe.train import prepare_environment
 from moe.train.console import RunConsole
 from moe.train.evaluate import DomainEvaluation
 from moe.train.optimizer import OptimizerConfig
+from moe.train.requests import Requests, StopRequestedError, TooManySkippedStepsError
 from moe.train.schedule import ScheduleConfig, TrainerConfig
 from moe.train.tracker import Tracker, TrackerConfig
 from moe_kernels.backends import resolve_backend
@@ -156,6 +157,12 @@ def main(recipe: Recipe, args: list[str] | None = None) -> None:
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except StopRequestedError as stop:
+        print(f"{stop}; {command.recipe.folder.path} is saved, --resume continues it", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except TooManySkippedStepsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def _plan(recipe: Recipe, *, world_size: int) -> str:
@@ -246,6 +253,7 @@ def _train(recipe: Recipe, start: Start, data: PreparedData, groups: ParallelGro
         first_step=reader.state["step"] if reader else 0,
         is_silent=not is_first,
     )
+    requests = Requests(run_dir=recipe.folder.path, groups=groups)
     trainer = Trainer(
         engine=engine,
         train_step=TrainStep(engine=engine, groups=groups, balance=recipe.balance, seed=recipe.seed),
@@ -265,12 +273,14 @@ def _train(recipe: Recipe, start: Start, data: PreparedData, groups: ParallelGro
         state={"recipe": recipe.to_json(), "data_fingerprint": data.fingerprint},
         tracker=tracker,
         console=console,
+        requests=requests,
     )
     if reader is not None:
         console.say(f"continuing {start.checkpoint}")
         trainer.restore(reader)
     try:
-        evaluations = trainer.run()
+        with requests:
+            evaluations = trainer.run()
     finally:
         console.close()
         if tracker is not None:

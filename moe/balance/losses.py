@@ -22,7 +22,7 @@ def load_balancing_loss(frequency_LE: Tensor, prob_sum_LE: Tensor, num_tokens: T
             the values of all micro-batches and ranks add up to the loss of the global batch.
     """
     num_experts = frequency_LE.shape[-1]
-    return num_experts * (frequency_LE.detach() * prob_sum_LE / num_tokens).sum(-1)
+    return num_experts * (frequency_LE.detach().to(prob_sum_LE.dtype) * prob_sum_LE / num_tokens).sum(-1)
 
 
 def z_loss(z_sum_L: Tensor, num_tokens: Tensor | float) -> Tensor:

@@ -12,6 +12,7 @@ import contextlib
 import io
 import logging
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,7 @@ class Engine:
             eps=optimizer.eps,
             fused=True,
         )
+        self._check_groups(model)
         self._hook_norm = math.nan
         if self.zero_stage == 0:
             self.torch_optimizer.register_step_pre_hook(self._clip_before_step)
@@ -102,6 +104,12 @@ class Engine:
     def close(self) -> None:
         """Release what DeepSpeed holds. The process group stays the caller's."""
         self._engine.destroy()
+
+    def _check_groups(self, model: nn.Module) -> None:
+        """Every trainable parameter belongs to exactly one optimizer group, before DeepSpeed flattens them."""
+        counts = Counter(id(p) for group in self.torch_optimizer.param_groups for p in group["params"])
+        wrong = [name for name, p in model.named_parameters() if p.requires_grad and counts[id(p)] != 1]
+        assert not wrong, f"{', '.join(wrong)} must be in exactly one optimizer group"
 
     @torch.no_grad()
     def _clip_before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

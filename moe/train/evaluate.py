@@ -41,7 +41,7 @@ def evaluate(
 
     Args:
         batch_sequences: sequences in one forward of one rank.
-        max_sequences: of each domain, from the start of its held-out text.
+        max_sequences: of each domain, at even distances in its held-out text.
     """
     was_training = model.training
     model.eval()

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.balance.load import BalanceConfig
-from moe.balance.losses import load_balancing_loss, z_loss
+from moe.balance.load import BalanceConfig, GlobalLoad
+from moe.balance.losses import frequency, load_balancing_loss, z_loss
 from moe.balance.statistics import RouterStatistics
 
 
@@ -22,36 +22,46 @@ class LossTerms:
 
     total: Tensor  # scalar
     lm: Tensor  # scalar, detached
+    is_finite: Tensor  # bool scalar: loss and router logits are; if not, `total` is nan
 
 
 def language_model_loss(logits_BSV: Tensor, label_BS: Tensor, valid_BS: Tensor) -> Tensor:
-    """Return the sum of the cross-entropy in nats over valid tokens, float32 scalar."""
+    """Return the sum of the cross-entropy in nats over valid tokens; scalar, float32 (float64 for a float64 model)."""
     target_T = torch.where(valid_BS, label_BS, -100).flatten()
-    return F.cross_entropy(logits_BSV.flatten(0, 1).float(), target_T, ignore_index=-100, reduction="sum")
+    wide = torch.promote_types(logits_BSV.dtype, torch.float32)
+    return F.cross_entropy(logits_BSV.flatten(0, 1).to(wide), target_T, ignore_index=-100, reduction="sum")
 
 
 def micro_batch_loss(
     *,
-    logits_BSV: Tensor,
-    label_BS: Tensor,
-    valid_BS: Tensor,
+    lm_sum: Tensor,
     statistics: RouterStatistics | None,
-    frequency_LE: Tensor | None,
+    load: GlobalLoad,
     balance: BalanceConfig,
-    num_step_tokens: int,
+    num_tokens: int,
 ) -> LossTerms:
-    """Return this micro-batch's share of the step's loss.
+    """Return this micro-batch's share of the step's loss. Collective where the balance scope is.
 
     Args:
+        lm_sum: cross-entropy, summed over the valid tokens of this micro-batch.
         statistics: of the routings of this micro-batch; None for a model without MoE layers.
-        frequency_LE: share of rows per expert over the balance scope.
-        num_step_tokens: valid tokens of the whole step; each has one label and, in every layer, one routing.
+        load: of this step.
+        num_tokens: valid tokens of the whole step; each has one label and, in every layer, one routing.
     """
-    lm = language_model_loss(logits_BSV, label_BS, valid_BS) / num_step_tokens
+    lm = lm_sum / num_tokens
     total = lm
-    if statistics is not None and frequency_LE is not None:
-        # coefficient 0 still touches the graph, so that every layout builds the same one
-        balance_L = load_balancing_loss(frequency_LE.float(), statistics.prob_sum_LE, num_step_tokens)
-        z_L = z_loss(statistics.z_sum_L, num_step_tokens)
-        total = total + balance.coefficient * balance_L.sum() + balance.z_coefficient * z_L.sum()
-    return LossTerms(total=total, lm=lm.detach())
+    if statistics is not None:
+        # a coefficient of 0 still touches the graph, so that every recipe builds the same one
+        total = total + balance.coefficient * load.balance_loss(statistics, num_tokens).sum()
+        total = total + balance.z_coefficient * z_loss(statistics.z_sum_L, num_tokens).sum()
+        if balance.local_coefficient:
+            local_LE = frequency(statistics.tokens_per_expert_LE)
+            local_L = load_balancing_loss(local_LE, statistics.prob_sum_LE, num_tokens)
+            total = total + balance.local_coefficient * local_L.sum()
+    # logits that are not finite show in z_sum even where the loss does not see them
+    is_finite = torch.isfinite(total)
+    if statistics is not None:
+        is_finite = is_finite & torch.isfinite(statistics.z_sum_L).all()
+    # nan times the loss makes every gradient nan, on every rank after the reduction: the engine then skips the step
+    total = total * torch.where(is_finite, 1.0, float("nan"))
+    return LossTerms(total=total, lm=lm.detach(), is_finite=is_finite)

@@ -17,13 +17,17 @@ class TrainerConfig:
     save_every: int = 0
     eval_sequences: int = 64  # of each domain
     keep_checkpoints: int = 3
+    max_skipped_steps: int = 5
+    """In a row: so many steps without a finite loss and gradient end the run."""
+    debug: bool = False
+    """After each step compare the copies of parameters over ranks; after the first, see that every one moved."""
 
     def validate(self) -> None:
         """Raise ValueError with the field that cannot be used."""
         for name, least in (("steps", 1), ("log_every", 1), ("eval_every", 0), ("save_every", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"trainer.{name} = {getattr(self, name)} must be at least {least}")
-        for name in ("eval_sequences", "keep_checkpoints"):
+        for name in ("eval_sequences", "keep_checkpoints", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name} = {getattr(self, name)} must be at least 1")
 

@@ -1,10 +1,11 @@
 """One optimizer step: all micro-batches of this rank, forward and backward, then the update and the routers' own.
 
-Order: count the step's tokens -> for each micro-batch: forward, statistics, balance over the scope, loss, backward ->
-engine step -> counts of the global batch -> routers' end of step -> sums for the log.
+Order: count the step's tokens -> (scope exact with accumulation: count its expert load in a pass of its own) -> for
+each micro-batch: forward, statistics, balance over the scope, loss, backward -> counts of the global batch -> engine
+step -> routers' end of step -> sums for the log.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,8 @@ from moe.data.tokens import Batch
 from moe.layer import MoELayer
 from moe.parallel.groups import ParallelGroups
 from moe.routing import RouterContext
-from moe.train.engine import Engine
-from moe.train.loss import micro_batch_loss
+from moe.train.engine import Engine, StepResult
+from moe.train.loss import LossTerms, language_model_loss, micro_batch_loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +36,7 @@ class StepRecord:
     experts_per_token: float
     grad_norm: float
     is_skipped: bool
+    bad_micro_batches: tuple[int, ...]  # of this rank: those whose loss or router logits were not finite
     load: LoadFigures | None
     tokens_per_expert_LE: Tensor | None  # int64, of the global batch
 
@@ -54,7 +56,7 @@ class TrainStep:
         self._groups = groups
         self._balance = balance
         self._seed = seed
-        self._load = GlobalLoad(scope=balance.scope, group=groups.data_group)
+        self.load = GlobalLoad(scope=balance.scope, smoothing=balance.smoothing, group=groups.data_group)
 
     def run(self, batches: list[Batch], *, step: int, progress: float, learning_rate: float) -> StepRecord:
         """Return what the step did. Raises ValueError for a global batch without a valid token."""
@@ -63,36 +65,50 @@ class TrainStep:
             raise ValueError(f"step {step}: the global batch holds no valid token; check the data and its padding")
         self._engine.module.train()
         context = RouterContext(seed=self._seed, step=step, progress=progress)
+        batches = [batch.to(self._groups.device) for batch in batches]
+        if self._balance.scope == "exact" and len(batches) > 1:
+            self._count(batches, context)
         sums = _StepSums()
         for batch in batches:
-            self._micro_step(batch.to(self._groups.device), context, num_tokens, sums)
+            self._micro_step(batch, context, num_tokens, sums)
+        counts_LE = self.load.end_step() if sums.prob_sum_LE is not None else None
         result = self._engine.step(learning_rate=learning_rate)
-        counts_LE = self._load.end_step() if sums.prob_sum_LE is not None else None
         if counts_LE is not None and not result.is_skipped:
+            self.load.remember(counts_LE)
             end_routers_step(self._engine.module, counts_LE, context)
-        return self._record(sums, counts_LE, num_tokens, result.grad_norm, result.is_skipped)
+        return self._record(sums, counts_LE, num_tokens, result)
+
+    @torch.no_grad()
+    def _count(self, batches: list[Batch], context: RouterContext) -> None:
+        """Scope exact under accumulation: route the whole step once, before its first backward, to know its counts."""
+        total_LE: Tensor | None = None
+        for batch in batches:
+            _, routings = self._engine.module(
+                batch.token_BS, valid_BS=batch.valid_BS, context=_with_positions(context, batch)
+            )
+            if routings:
+                counts_LE = collect(routings).tokens_per_expert_LE
+                total_LE = counts_LE if total_LE is None else total_LE + counts_LE
+        if total_LE is not None:
+            self.load.expect(total_LE)
 
     def _micro_step(self, batch: Batch, context: RouterContext, num_tokens: int, sums: "_StepSums") -> None:
-        context = replace(context, position_T=batch.position_BS.flatten())
-        logits_BSV, routings = self._engine(batch.token_BS, valid_BS=batch.valid_BS, context=context)
-        statistics = collect(routings) if routings else None
-        frequency_LE = self._load.frequency(statistics.tokens_per_expert_LE) if statistics else None
+        logits_BSV, routings = self._engine(
+            batch.token_BS, valid_BS=batch.valid_BS, context=_with_positions(context, batch)
+        )
+        statistics = collect(routings, num_sequences=batch.token_BS.shape[0]) if routings else None
         terms = micro_batch_loss(
-            logits_BSV=logits_BSV,
-            label_BS=batch.label_BS,
-            valid_BS=batch.valid_BS,
+            lm_sum=language_model_loss(logits_BSV, batch.label_BS, batch.valid_BS),
             statistics=statistics,
-            frequency_LE=frequency_LE,
+            load=self.load,
             balance=self._balance,
-            num_step_tokens=num_tokens,
+            num_tokens=num_tokens,
         )
         # DeepSpeed averages gradients over the ranks; the terms are shares of a sum
         self._engine.backward(terms.total * self._groups.world_size)
-        sums.add(terms.total, terms.lm, statistics)
+        sums.add(terms, statistics)
 
-    def _record(
-        self, sums: "_StepSums", counts_LE: Tensor | None, num_tokens: int, grad_norm: float, is_skipped: bool
-    ) -> StepRecord:
+    def _record(self, sums: "_StepSums", counts_LE: Tensor | None, num_tokens: int, result: StepResult) -> StepRecord:
         totals = sums.flat()
         if self._groups.data_group is not None:
             dist.all_reduce(totals, group=self._groups.data_group)
@@ -113,8 +129,9 @@ class TrainStep:
             z_loss=z_mean,
             router_entropy=entropy,
             experts_per_token=experts_per_token,
-            grad_norm=grad_norm,
-            is_skipped=is_skipped,
+            grad_norm=result.grad_norm,
+            is_skipped=result.is_skipped,
+            bad_micro_batches=tuple(i for i, ok in enumerate(sums.is_finite) if not ok),
             load=load_figures(counts_LE) if counts_LE is not None else None,
             tokens_per_expert_LE=counts_LE.cpu() if counts_LE is not None else None,
         )
@@ -135,10 +152,12 @@ class _StepSums:
     z: Tensor | float = 0.0
     entropy: Tensor | float = 0.0
     prob_sum_LE: Tensor | None = None
+    is_finite: list[Tensor] = field(default_factory=list)  # one flag a micro-batch
 
-    def add(self, loss: Tensor, lm: Tensor, statistics: RouterStatistics | None) -> None:
-        self.loss = self.loss + loss.detach().double()
-        self.lm = self.lm + lm.double()
+    def add(self, terms: LossTerms, statistics: RouterStatistics | None) -> None:
+        self.loss = self.loss + terms.total.detach().double()
+        self.lm = self.lm + terms.lm.double()
+        self.is_finite.append(terms.is_finite)
         if statistics is not None:
             self.z = self.z + statistics.z_sum_L.detach().double().sum()
             self.entropy = self.entropy + statistics.entropy_sum_L.double().sum()
@@ -152,6 +171,10 @@ class _StepSums:
         values = (self.loss, self.lm, self.z, self.entropy)
         head = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
         return head if self.prob_sum_LE is None else torch.cat([head, self.prob_sum_LE.flatten()])
+
+
+def _with_positions(context: RouterContext, batch: Batch) -> RouterContext:
+    return replace(context, position_T=batch.position_BS.flatten())
 
 
 def end_routers_step(model: nn.Module, tokens_per_expert_LE: Tensor, context: RouterContext) -> None:

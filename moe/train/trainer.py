@@ -5,25 +5,32 @@ functions of the step, everything else lives in the engine and in the model's bu
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moe.checkpoint import CheckpointReader, prune, save_checkpoint
+from torch import Tensor
+
+from moe.checkpoint import CheckpointReader, Shard, prune, save_checkpoint
 from moe.data.batching import BatchConfig
 from moe.data.store import PreparedData
 from moe.data.tokens import BatchStream
 from moe.parallel.agree import all_gather, on_first_rank
 from moe.parallel.groups import ParallelGroups
+from moe.train.checks import check_moved, check_replicas, snapshot
 from moe.train.console import RunConsole
 from moe.train.engine import Engine
 from moe.train.evaluate import DomainEvaluation, evaluate
 from moe.train.optimizer import OptimizerConfig
+from moe.train.requests import Requests, StopRequestedError, TooManySkippedStepsError
 from moe.train.schedule import ScheduleConfig, TrainerConfig
 from moe.train.state import num_updates, read_state, write_state
 from moe.train.step import StepRecord, TrainStep
 from moe.train.tracker import Tracker
+
+LAGGED = "balance/lagged_LE"  # float64, what scope lagged remembers
 
 
 class Trainer:
@@ -45,21 +52,27 @@ class Trainer:
         state: dict[str, Any],
         tracker: Tracker | None,
         console: RunConsole,
+        requests: Requests,
     ) -> None:
         self._engine, self._train_step, self._stream, self._data = engine, train_step, stream, data
         self._groups, self._config, self._batch = groups, config, batch
         self._optimizer, self._schedule = optimizer, schedule
         self._run_dir, self._state = run_dir, state
-        self._tracker, self._console = tracker, console
+        self._tracker, self._console, self._requests = tracker, console, requests
         self._step = 0  # finished steps
         self._tokens = 0  # valid tokens trained on
         self._saved_step: int | None = None
+        self._skipped = 0  # steps without an update, in all
+        self._skipped_in_a_row = 0
 
     def restore(self, reader: CheckpointReader) -> None:
         """Continue from a checkpoint of any layout. Collective."""
         write_state(self._engine, reader, num_updates=reader.state["num_updates"])
         self._step = self._saved_step = reader.state["step"]
         self._tokens = reader.state["tokens"]
+        self._skipped = reader.state["skipped_steps"]
+        if LAGGED in reader.names:
+            self._train_step.load.lagged_LE = reader.read(LAGGED).to(self._groups.device)
 
     def run(self) -> dict[str, DomainEvaluation]:
         """Train to the last step and return the final evaluation by domain."""
@@ -73,6 +86,7 @@ class Trainer:
             started = time.perf_counter()
             batches = [self._stream.batch(self._step, indices) for indices in micro_batches]
             learning_rate = self._optimizer.learning_rate * self._schedule.factor(self._step, steps=config.steps)
+            before = snapshot(self._engine.module) if config.debug and self._step == first else None
             record = self._train_step.run(
                 batches, step=self._step, progress=self._step / config.steps, learning_rate=learning_rate
             )
@@ -82,18 +96,56 @@ class Trainer:
             self._step += 1
             self._tokens += record.num_tokens
             self._console.step(self._step)
-            if self._is_due(config.log_every) or record.is_skipped:
+            if self._is_due(config.log_every):
                 left = train_seconds / (self._step - first) * (config.steps - self._step)
                 self._log(record, learning_rate, window_tokens / window_seconds, seconds_left=left)
                 window_seconds, window_tokens = 0.0, 0
+            self._check(record, before)
             if self._step < config.steps:
                 if self._is_due(config.eval_every):
                     self._evaluate()
-                if self._is_due(config.save_every):
-                    self._save()
+                self._answer_requests()
         evaluations = self._evaluate()
         self._save()
         return evaluations
+
+    def _check(self, record: StepRecord, before: dict[str, Tensor] | None) -> None:
+        """Count steps without an update, and look closely in debug mode. Collective."""
+        if record.is_skipped:
+            self._skipped += 1
+            self._skipped_in_a_row += 1
+            self._report_skip(record)
+            if self._skipped_in_a_row >= self._config.max_skipped_steps:
+                raise TooManySkippedStepsError(
+                    f"{self._skipped_in_a_row} steps in a row, up to step {self._step}, had no finite loss and "
+                    "gradient; lower optimizer.learning_rate, or look at the data of the sequences in metrics.jsonl"
+                )
+            return
+        self._skipped_in_a_row = 0
+        if self._config.debug:
+            check_replicas(self._engine.module, self._groups)
+            if before is not None:
+                check_moved(self._engine.module, before)
+
+    def _report_skip(self, record: StepRecord) -> None:
+        """Log which sequences of the global batch had a loss or router logits that were not finite. Collective."""
+        micro_batches = self._batch.micro_batches(rank=self._groups.rank, world_size=self._groups.world_size)
+        mine = [index for m in record.bad_micro_batches for index in micro_batches[m]]
+        sequences = sorted(index for indices in all_gather(self._groups, mine) for index in indices)
+        where = f"sequences {sequences} of the batch" if sequences else "the gradient alone"
+        self._console.say(f"step {self._step}: not finite in {where}; the update was skipped on all ranks")
+        if self._tracker is not None:
+            self._tracker.log(
+                {"step": self._step, "train/skipped_steps": self._skipped, "skipped/sequences": sequences}
+            )
+
+    def _answer_requests(self) -> None:
+        """Save when it is due or asked for; stop when asked to. Collective."""
+        request = self._requests.poll()
+        if request.save or request.stop_signal or self._is_due(self._config.save_every):
+            self._save()
+        if request.stop_signal:
+            raise StopRequestedError(128 + request.stop_signal)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and (self._step % every == 0 or self._step == self._config.steps)
@@ -109,7 +161,7 @@ class Trainer:
             "train/z_loss": record.z_loss,
             "train/grad_norm": record.grad_norm,
             "train/lr": learning_rate,
-            "train/is_skipped": record.is_skipped,
+            "train/skipped_steps": self._skipped + record.is_skipped,
             "perf/tokens_per_s": tokens_per_s,
             "moe/load_max_over_mean": load["max_over_mean"],
             "moe/load_cv": load["cv"],
@@ -120,8 +172,6 @@ class Trainer:
         if self._tracker is not None:
             self._tracker.log(row)
         self._console.row(row, seconds_left=seconds_left)
-        if record.is_skipped:
-            self._console.say(f"step {self._step}: gradient norm is not finite; the update was skipped on all ranks")
 
     def _evaluate(self) -> dict[str, DomainEvaluation]:
         evaluations = evaluate(
@@ -143,6 +193,12 @@ class Trainer:
         self._console.say(f"step {self._step}/{self._config.steps}  validation loss  {losses}")
         return evaluations
 
+    def _shards(self) -> Iterator[Shard]:
+        yield from read_state(self._engine)
+        lagged_LE = self._train_step.load.lagged_LE
+        if lagged_LE is not None and self._groups.rank == 0:
+            yield Shard(name=LAGGED, tensor=lagged_LE, logical_shape=tuple(lagged_LE.shape))
+
     def _save(self) -> None:
         if self._saved_step == self._step:
             return
@@ -151,12 +207,13 @@ class Trainer:
             "step": self._step,
             "tokens": self._tokens,
             "num_updates": num_updates(self._engine),
+            "skipped_steps": self._skipped,
         }
         directory = self._run_dir / "checkpoints"
         path = save_checkpoint(
             directory,
             step=self._step,
-            shards=read_state(self._engine),
+            shards=self._shards(),
             state=state,
             rank=self._groups.rank,
             world_size=self._groups.world_size,

@@ -5,72 +5,128 @@ import torch
 import torch.distributed as dist
 
 from moe.balance.health import load_figures
-from moe.balance.load import BalanceConfig, GlobalLoad
+from moe.balance.load import BalanceConfig, GlobalLoad, RoutingChangedError
 from moe.balance.losses import frequency, load_balancing_loss
+from moe.balance.statistics import RouterStatistics
 
 COUNTS = torch.tensor(
-    [  # rank, micro-batch, layer, expert
-        [[[4, 0, 2], [3, 3, 0]], [[0, 6, 0], [2, 2, 2]]],
-        [[[1, 1, 4], [0, 0, 6]], [[6, 0, 0], [1, 4, 1]]],
+    [  # rank, micro-batch, layer, expert; 12 rows a micro-batch, and unevenly many in layer 1 of rank 1
+        [[[8, 1, 3], [6, 4, 2]], [[0, 11, 1], [4, 5, 3]]],
+        [[[2, 3, 7], [1, 1, 4]], [[12, 0, 0], [2, 8, 2]]],
     ]
 )
+PROBS = torch.randn(2, 2, 2, 3, generator=torch.Generator().manual_seed(0)).softmax(-1) * 6
+NUM_TOKENS = 24  # of the step
 
 
-def share(counts_LE):
-    return counts_LE.double() / counts_LE.sum(-1, keepdim=True)
+def statistics(rank: int, micro: int) -> RouterStatistics:
+    """One micro-batch of two sequences that share its counts and probabilities unevenly."""
+    counts_LE, probs_LE = COUNTS[rank, micro], PROBS[rank, micro]
+    part_LE = counts_LE // 3
+    return RouterStatistics(
+        tokens_per_expert_BLE=torch.stack([part_LE, counts_LE - part_LE]),
+        prob_sum_BLE=torch.stack([0.3 * probs_LE, 0.7 * probs_LE]),
+        z_sum_L=torch.zeros(2),
+        entropy_sum_L=torch.zeros(2),
+        num_tokens=torch.tensor(6),
+    )
 
 
-def walk(scope: str, rank: int, group) -> tuple[list, torch.Tensor]:
-    load = GlobalLoad(scope=scope, group=group)
-    frequencies = [load.frequency(COUNTS[rank, m]) for m in range(2)]
-    total = load.end_step()
-    # the second step must not remember the first
-    again = load.frequency(COUNTS[rank, 0])
-    load.end_step()
-    return [*frequencies, again], total
+def formula(counts_LE: torch.Tensor, probs_LE: torch.Tensor) -> torch.Tensor:
+    """E * sum_i f_i * P_i, written out."""
+    return 3 * (counts_LE / counts_LE.sum(-1, keepdim=True) * probs_LE / NUM_TOKENS).sum(-1)
 
 
-def on_rank(scope: str):
-    return walk(scope, dist.get_rank(), dist.group.WORLD)
+def expected(scope: str, rank: int, micro: int) -> torch.Tensor:
+    if scope == "sequence":
+        one = statistics(rank, micro)
+        return sum(formula(one.tokens_per_expert_BLE[b], one.prob_sum_BLE[b]) for b in range(2))
+    counts_LE = {
+        "micro": COUNTS[rank, micro],
+        "ranks": COUNTS[:, micro].sum(0),
+        "global": COUNTS[:, : micro + 1].sum((0, 1)),
+        "exact": COUNTS.sum((0, 1)),
+        "lagged": torch.ones(2, 3),
+    }[scope]
+    return formula(counts_LE, PROBS[rank, micro])
 
 
-def test_micro_sees_its_own_micro_batch(pool):
-    for rank, (frequencies, total) in enumerate(pool.run(on_rank, "micro", world_size=2)):
-        for m in range(2):
-            torch.testing.assert_close(frequencies[m], share(COUNTS[rank, m]))
-        assert torch.equal(total, COUNTS.sum((0, 1)))
+SCOPES = ["sequence", "micro", "ranks", "global", "exact", "lagged"]
 
 
-def test_global_sees_all_ranks_and_the_micro_batches_so_far(pool):
-    for frequencies, total in pool.run(on_rank, "global", world_size=2):
-        torch.testing.assert_close(frequencies[0], share(COUNTS[:, 0].sum(0)))
-        torch.testing.assert_close(frequencies[1], share(COUNTS.sum((0, 1))))
-        torch.testing.assert_close(frequencies[2], share(COUNTS[:, 0].sum(0)))
-        assert torch.equal(total, COUNTS.sum((0, 1)))
+def walk(scope: str) -> tuple[list[torch.Tensor], torch.Tensor]:
+    rank = dist.get_rank()
+    load = GlobalLoad(scope=scope, group=dist.group.WORLD)
+    losses = []
+    for _ in range(2):  # the second step must not remember the first
+        if scope == "exact":
+            load.expect(COUNTS[rank].sum(0))
+        losses += [load.balance_loss(statistics(rank, m), NUM_TOKENS) for m in range(2)]
+        total_LE = load.end_step()
+    return losses, total_LE
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_every_scope_equals_its_formula_on_two_ranks_and_two_micro_batches(pool, scope):
+    for rank, (losses, total_LE) in enumerate(pool.run(walk, scope, world_size=2)):
+        assert torch.equal(total_LE, COUNTS.sum((0, 1)))
+        for index, loss_L in enumerate(losses):
+            torch.testing.assert_close(loss_L, expected(scope, rank, index % 2))
+
+
+def test_ranks_together_give_the_loss_of_the_concatenated_batch(pool):
+    """Scopes that see all ranks: the shares of all ranks add up to one process with all tokens."""
+    results = pool.run(walk, "ranks", world_size=2)
+    total_L = sum(losses[0] for losses, _ in results)
+    torch.testing.assert_close(total_L, formula(COUNTS[:, 0].sum(0), PROBS[:, 0].sum(0)))
 
 
 def test_one_process_needs_no_group():
-    frequencies, total = walk("global", 0, None)
-    torch.testing.assert_close(frequencies[1], share(COUNTS[0].sum(0)))
-    assert torch.equal(total, COUNTS[0].sum(0))
+    load = GlobalLoad(scope="global", group=None)
+    loss_L = load.balance_loss(statistics(0, 0), NUM_TOKENS)
+    torch.testing.assert_close(loss_L, formula(COUNTS[0, 0], PROBS[0, 0]))
+    assert torch.equal(load.end_step(), COUNTS[0, 0])
 
 
-def count_collectives(scope: str) -> int:
-    calls = []
+def count_collectives(scope: str) -> list[torch.dtype]:
+    dtypes = []
     original = dist.all_reduce
-    dist.all_reduce = lambda tensor, **kwargs: (calls.append(tensor.dtype), original(tensor, **kwargs))[1]
+    load = GlobalLoad(scope=scope, group=dist.group.WORLD)
+    dist.all_reduce = lambda tensor, **kwargs: (dtypes.append(tensor.dtype), original(tensor, **kwargs))[1]
     try:
-        load = GlobalLoad(scope=scope, group=dist.group.WORLD)
-        load.frequency(COUNTS[dist.get_rank(), 0])
+        load.balance_loss(statistics(dist.get_rank(), 0), NUM_TOKENS)
     finally:
         dist.all_reduce = original
-    assert all(dtype == torch.int64 for dtype in calls)
-    return len(calls)
+    return dtypes
 
 
-def test_a_micro_batch_costs_at_most_one_all_reduce_of_integers(pool):
-    assert pool.run(count_collectives, "global", world_size=2) == [1, 1]
-    assert pool.run(count_collectives, "micro", world_size=2) == [0, 0]
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_micro_batch_costs_at_most_one_all_reduce_of_integers(pool, scope):
+    expected_dtypes = [] if scope in ("sequence", "micro", "lagged") else [torch.int64]
+    assert pool.run(count_collectives, scope, world_size=2) == [expected_dtypes] * 2
+
+
+def test_lagged_sees_the_steps_before_smoothed():
+    load = GlobalLoad(scope="lagged", smoothing=0.25, group=None)
+    losses = []
+    for step in range(3):
+        losses.append(load.balance_loss(statistics(0, 0), NUM_TOKENS))
+        load.end_step()
+        load.remember(COUNTS[step % 2, 1])
+    torch.testing.assert_close(losses[0], formula(torch.ones(2, 3), PROBS[0, 0]))
+    torch.testing.assert_close(losses[1], formula(COUNTS[0, 1], PROBS[0, 0]))
+    torch.testing.assert_close(losses[2], formula(0.25 * COUNTS[0, 1] + 0.75 * COUNTS[1, 1], PROBS[0, 0]))
+
+
+def test_a_counting_pass_that_routed_differently_is_an_error():
+    load = GlobalLoad(scope="exact", group=None)
+    other_LE = COUNTS[0, 0].clone()
+    other_LE[0, 0] -= 1
+    other_LE[0, 1] += 1
+    load.expect(other_LE)
+    load.balance_loss(statistics(0, 0), NUM_TOKENS)
+    with pytest.raises(RoutingChangedError, match="differ by 2 rows"):
+        load.end_step()
 
 
 def test_private_experts_per_micro_batch_are_even_globally_and_not_locally():
@@ -80,7 +136,8 @@ def test_private_experts_per_micro_batch_are_even_globally_and_not_locally():
     micro = [load_balancing_loss(frequency(rows[m]), 5 * prob_sum_LE[[m]], 5).item() for m in range(4)]
     assert micro == pytest.approx([4.0] * 4)
     over_all = frequency(sum(rows))
-    assert sum(load_balancing_loss(over_all, 5 * prob_sum_LE[[m]], 20).item() for m in range(4)) == pytest.approx(1.0)
+    total = sum(load_balancing_loss(over_all, 5 * prob_sum_LE[[m]], 20).item() for m in range(4))
+    assert total == pytest.approx(1.0)
 
 
 def test_figures_of_even_collapsed_and_empty_layers():
@@ -93,7 +150,18 @@ def test_figures_of_even_collapsed_and_empty_layers():
     assert load_figures(torch.zeros(1, 4, dtype=torch.int64)).max_over_mean == 1.0
 
 
-@pytest.mark.parametrize("field", ["coefficient", "z_coefficient"])
-def test_negative_coefficients_are_refused(field):
-    with pytest.raises(ValueError, match=f"balance.{field} = -1"):
-        BalanceConfig(**{field: -1}).validate()
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"coefficient": -1}, "balance.coefficient = -1"),
+        ({"z_coefficient": -1}, "balance.z_coefficient = -1"),
+        ({"local_coefficient": -1}, "balance.local_coefficient = -1"),
+        ({"local_coefficient": 0.1, "scope": "exact"}, "scope 'exact' promises not to; .* balance.scope = 'global'"),
+        ({"local_coefficient": 0.1, "scope": "sequence"}, "scope 'sequence'"),
+        ({"smoothing": 0.5}, "needs balance.scope = 'lagged'"),
+        ({"smoothing": 1.0, "scope": "lagged"}, r"must lie in \[0, 1\)"),
+    ],
+)
+def test_impossible_balance_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        BalanceConfig(**fields).validate()

@@ -35,8 +35,8 @@ two lines."""
 import os; x = "kept"
 class Empty:
     """Only this."""
-class Müller:
-    def ö(self): return 1
+class M\u00fcller:
+    def \u00f6(self): return 1
     async def f(self):
         # a comment stays
         """Later."""
@@ -50,7 +50,7 @@ class Müller:
             class Deep:
                 "single quotes"
                 y = 1
-        return "ä"
+        return "\u00e4"
 '''
 
 
