@@ -292,7 +292,6 @@ def test_recomputation_in_the_backward_pass_gives_the_same_gradients(name: str) 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_cuda_result_equals_the_reference(name: str, dtype: torch.dtype, tolerance: float) -> None:
