@@ -34,7 +34,9 @@ class Experts(nn.Module):
         self.first_expert = groups.ep_rank * self.num_local_experts
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_local_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(self.num_local_experts, hidden_size, intermediate_size))
-        self.backend, self._run = resolve_backend(backend, device=groups.device, dtype=self.down_proj.dtype)
+        self.backend, self._run = resolve_backend(
+            backend, groups.device, self.down_proj.dtype, widths=(hidden_size, intermediate_size)
+        )
 
     def forward(self, x_RD: Tensor, assignment: Assignment) -> Tensor:
         """Return y_RD, the weighted sum of each row's local experts. `assignment` speaks of local expert ids."""

@@ -84,7 +84,7 @@ class Recipe:
             self.trainer.validate()
             self.schedule.validate(steps=self.trainer.steps)
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            resolve_backend(self.backend, device=device, dtype=self.dtype)
+            resolve_backend(self.backend, device, self.dtype, widths=self._expert_widths)
             if check_data:
                 validate_data(self.data)
             if not self.data.tokenizer:
@@ -98,6 +98,10 @@ class Recipe:
     def dtype(self) -> torch.dtype:
         """What activations and working weights are held in."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.parallel.dtype]
+
+    @property
+    def _expert_widths(self) -> tuple[int, ...]:
+        return (self.model.hidden_size, self.model.moe_intermediate_size) if self.model.moe_layers else ()
 
     @property
     def folder(self) -> RunFolder:

@@ -24,6 +24,8 @@ from pool import Pool
 from runs import copy_data, small_recipe
 
 SEED = 1234
+# tests are many small tensors: a second thread only waits for the first, ten times as long on a busy machine
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -39,10 +39,11 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def _load(self) -> dict[str, T]:
         if not self._is_loaded:
-            self._is_loaded = True
             package = importlib.import_module(self._package)
             for module in pkgutil.iter_modules(package.__path__):
                 importlib.import_module(f"{self._package}.{module.name}")
+            # only now: a file that fails to import fails at every look-up, not just at the first
+            self._is_loaded = True
         return self._entries
 
     def __getitem__(self, name: str) -> T:

@@ -59,3 +59,15 @@ def test_second_entry_under_a_name_is_refused(shelf: Registry[str]) -> None:
 def test_same_entry_may_be_registered_again(shelf: Registry[str]) -> None:
     shelf.register("pear")(shelf["pear"])
     assert len(shelf) == 2
+
+
+def test_a_file_that_fails_to_import_fails_at_every_look_up(tmp_path, monkeypatch):
+    package = tmp_path / "half_broken"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "broken.py").write_text("raise ImportError('no such library')")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = Registry("thing", package="half_broken")
+    for _ in range(2):
+        with pytest.raises(ImportError, match="no such library"):
+            list(registry)
