@@ -40,6 +40,9 @@ Run = Annotated[Path, tyro.conf.Positional]
 
 def train(args: list[str]) -> None:
     """Launch the recipe.json in the first argument; the others are overrides, as for its script."""
+    if args[:1] in (["-h"], ["--help"]):
+        print("usage: moe train RECIPE_JSON [overrides]\n\nmoe train RECIPE_JSON --help lists the overrides.")
+        return
     if not args or args[0].startswith("-"):
         raise RecipeError("moe train needs the path of a recipe.json, such as runs/quickstart/recipe.json")
     run_recipe(read_recipe(Path(args[0])), args=args[1:])
@@ -52,9 +55,19 @@ def eval_run(run: Run, /, *, sequences: int = 64) -> None:
         run: folder of a run or of a checkpoint.
         sequences: of each domain, from its held-out text.
     """
+    if sequences < 1:
+        raise RecipeError(f"--sequences {sequences} must be at least 1")
     recipe, reader = open_run(run)
+    try:
+        data = prepare(recipe.data)
+    except (ValueError, OSError) as error:
+        raise RecipeError(str(error)) from error
+    if data.fingerprint != reader.state["data_fingerprint"]:
+        raise RecipeError(
+            f"{reader.path} was trained on other data (fingerprint {reader.state['data_fingerprint']}, now "
+            f"{data.fingerprint}): its tokens would mean something else; bring the text of {recipe.folder.path} back"
+        )
     model = load_model(recipe, reader)
-    data = prepare(recipe.data)
     evaluations = evaluate(
         model,
         data,
@@ -102,16 +115,19 @@ def sample(
     """
     recipe, reader = open_run(run)
     model = load_model(recipe, reader)
-    text = complete(
-        model,
-        prepare(recipe.data).tokenizer_dir,
-        prompt,
-        max_new_tokens=tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
+    try:
+        text = complete(
+            model,
+            reader.path.parent.parent / "tokenizer",
+            prompt,
+            max_new_tokens=tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     print(prompt + text)
 
 

@@ -8,11 +8,14 @@ Everything a user can get wrong is checked before DeepSpeed is imported and befo
 """
 
 import json
+import math
+import re
+import shutil
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,9 +24,9 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from moe.balance.load import BalanceConfig
-from moe.checkpoint import CheckpointReader, RunLockedError
+from moe.checkpoint import CheckpointError, CheckpointReader, RunLockedError
 from moe.data.batching import BatchConfig
-from moe.data.prepare import DataConfig, prepare, validate_data
+from moe.data.prepare import DataConfig, declared_vocab_size, prepare, validate_data
 from moe.data.store import PreparedData
 from moe.data.tokens import BatchStream
 from moe.data.unigram import unigram_losses
@@ -31,7 +34,7 @@ from moe.initial import initialise
 from moe.model import Model, ModelConfig
 from moe.parallel.agree import on_first_rank
 from moe.parallel.dispatch import check_expert_split
-from moe.parallel.groups import ParallelConfig, ParallelGroups, launched_world_size, start_process_group
+from moe.parallel.groups import ParallelConfig, ParallelGroups, launched_rank, launched_world_size, start_process_group
 from moe.plan import plan_text
 from moe.report import ReportInput, next_commands, print_report
 from moe.run import RecipeError, RunFolder, Start, read_rows
@@ -72,8 +75,13 @@ class Recipe:
         `check_data` also looks at the files that `data` names; a dry run does without them.
         """
         try:
-            if not self.name or Path(self.name).name != self.name:
-                raise ValueError(f"name = {self.name!r} must be a plain folder name")
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
+                raise ValueError(
+                    f"name = {self.name!r} must be a folder name of up to 100 letters, digits, '.', '_' and '-'"
+                )
+            if not 0 <= self.seed < 2**63:
+                raise ValueError(f"seed = {self.seed} must lie in 0..2**63 - 1")
+            check_finite(self.to_json())
             self.model.validate()
             self.parallel.validate(world_size=world_size)
             if self.model.moe_layers:
@@ -87,6 +95,8 @@ class Recipe:
             resolve_backend(self.backend, device, self.dtype, widths=self._expert_widths)
             if check_data:
                 validate_data(self.data)
+                if self.data.tokenizer:
+                    check_vocabulary(self.model.vocab_size, declared_vocab_size(Path(self.data.tokenizer)))
             if not self.data.tokenizer:
                 check_vocabulary(self.model.vocab_size, self.data.vocab_size)
         except RecipeError:
@@ -129,6 +139,15 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: {'; '.join(problems)}") from error
 
 
+def check_finite(values: Any, name: str = "") -> None:
+    """Raise RecipeError naming the first number that is nan or infinite: it would pass every comparison below."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            check_finite(value, f"{name}.{key}" if name else key)
+    elif isinstance(values, float) and not math.isfinite(values):
+        raise RecipeError(f"{name} = {values} must be a finite number")
+
+
 def check_vocabulary(model_size: int, tokenizer_size: int) -> None:
     """Raise RecipeError if the tokenizer makes tokens that the model has no row for."""
     if tokenizer_size > model_size:
@@ -149,24 +168,35 @@ class Command:
 
 
 def main(recipe: Recipe, args: list[str] | None = None) -> None:
-    """Run `recipe` with the overrides of the command line. Ends the process with 2 if the recipe cannot be used."""
+    """Run `recipe` with the overrides of the command line. How the process ends: docs/runs.md, exit codes."""
     command = tyro.cli(Command, default=Command(recipe=recipe), args=args, description=recipe.name)
     try:
+        if command.world_size < 0 or (command.world_size and not command.dry_run):
+            raise RecipeError(
+                f"--world-size {command.world_size} is how many ranks a --dry-run assumes; it must be positive, "
+                "and a run takes the ranks that torchrun starts"
+            )
         if command.dry_run:
             world_size = command.world_size or launched_world_size()
             command.recipe.validate(world_size=world_size, check_data=False)
             print(_plan(command.recipe, world_size=world_size))
         else:
             launch(command.recipe, resume=command.resume)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (RecipeError, CheckpointError) as error:
+        _end(f"error: {error}", 2)
     except StopRequestedError as stop:
-        print(f"{stop}; {command.recipe.folder.path} is saved, --resume continues it", file=sys.stderr)
-        sys.exit(stop.exit_code)
+        _end(f"{stop}; {command.recipe.folder.path} is saved, --resume continues it", stop.exit_code)
     except TooManySkippedStepsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _end(f"error: {error}", error.exit_code)
+    except KeyboardInterrupt:
+        _end("interrupted at once, without a save", 130)
+
+
+def _end(message: str, exit_code: int) -> NoReturn:
+    """End the process. What ends all ranks alike is said once."""
+    if launched_rank() == 0:
+        print(message, file=sys.stderr)
+    sys.exit(exit_code)
 
 
 def _plan(recipe: Recipe, *, world_size: int) -> str:
@@ -186,6 +216,8 @@ def launch(recipe: Recipe, *, resume: bool = False) -> None:
         RecipeError: the recipe, the run folder or the data cannot be used; nothing has been trained.
     """
     recipe.validate(world_size=launched_world_size())
+    # before any collective: building may take longer than one is allowed to, and a file lock orders the ranks
+    data = _prepare_data(recipe)
     is_ours = not dist.is_initialized()
     device = start_process_group(timeout_s=recipe.parallel.timeout_s)
     try:
@@ -196,9 +228,9 @@ def launch(recipe: Recipe, *, resume: bool = False) -> None:
                 if groups.rank == 0:
                     print(f"{recipe.folder.path} is finished ({start.checkpoint}); nothing to do")
                     is_even = recipe.model.num_experts > 0 and recipe.model.num_experts % 2 == 0
-                    print(next_commands(recipe.folder.path, script=sys.argv[0], ep_size=2 if is_even else 1))
+                    print(next_commands(recipe.folder.path, script=_script(), ep_size=2 if is_even else 1))
                 return
-            data = _prepare_data(recipe, groups)
+            on_first_rank(groups, lambda: _keep_tokenizer(recipe, data))
             _train(recipe, start, data, groups)
     finally:
         if is_ours:
@@ -214,18 +246,39 @@ def _open_folder(recipe: Recipe, resume: bool, stack: ExitStack) -> Start:
     return recipe.folder.open(recipe.to_json(), resume=resume, steps=recipe.trainer.steps)
 
 
-def _prepare_data(recipe: Recipe, groups: ParallelGroups) -> PreparedData:
-    """Build or open the prepared data: rank 0 builds, then every rank opens."""
+def _prepare_data(recipe: Recipe) -> PreparedData:
+    """Build or open the prepared data, and see that it fits the recipe."""
+    is_first = launched_rank() == 0
     try:
-        if groups.rank == 0:
-            on_first_rank(groups, lambda: prepare(recipe.data, report=print).fingerprint)
-        else:
-            on_first_rank(groups, lambda: "")
-        data = prepare(recipe.data, report=lambda _: None)
+        data = prepare(recipe.data, report=print if is_first else lambda _: None)
+        make_stream(recipe, data)
     except ValueError as error:
         raise RecipeError(str(error)) from error
+    except OSError as error:
+        raise RecipeError(f"the data cannot be prepared: {error}; look at data.sources and data.cache_dir") from error
     check_vocabulary(recipe.model.vocab_size, data.vocab_size)
     return data
+
+
+def make_stream(recipe: Recipe, data: PreparedData) -> BatchStream:
+    """Return the training sequences in order. Raises ValueError for a domain shorter than one sequence."""
+    return BatchStream(
+        data=data,
+        seed=recipe.seed,
+        global_sequences=recipe.batch.global_sequences,
+        sequence_length=recipe.batch.sequence_length,
+    )
+
+
+def _keep_tokenizer(recipe: Recipe, data: PreparedData) -> None:
+    """Put the tokenizer beside the checkpoints: a run can be sampled when its text is gone."""
+    if not recipe.folder.tokenizer_dir.exists():
+        shutil.copytree(data.tokenizer_dir, recipe.folder.tokenizer_dir)
+
+
+def _script() -> str:
+    """Return the recipe script for the report's next commands; nothing if the command line changed the recipe."""
+    return "" if sys.argv[1:] else sys.argv[0]
 
 
 def _train(recipe: Recipe, start: Start, data: PreparedData, groups: ParallelGroups) -> None:
@@ -261,12 +314,7 @@ def _train(recipe: Recipe, start: Start, data: PreparedData, groups: ParallelGro
     trainer = Trainer(
         engine=engine,
         train_step=TrainStep(engine=engine, groups=groups, balance=recipe.balance, seed=recipe.seed),
-        stream=BatchStream(
-            data=data,
-            seed=recipe.seed,
-            global_sequences=recipe.batch.global_sequences,
-            sequence_length=recipe.batch.sequence_length,
-        ),
+        stream=make_stream(recipe, data),
         data=data,
         groups=groups,
         config=recipe.trainer,
@@ -279,10 +327,10 @@ def _train(recipe: Recipe, start: Start, data: PreparedData, groups: ParallelGro
         console=console,
         requests=requests,
     )
-    if reader is not None:
-        console.say(f"continuing {start.checkpoint}")
-        trainer.restore(reader)
     try:
+        if reader is not None:
+            console.say(f"continuing {start.checkpoint}")
+            trainer.restore(reader)
         with requests:
             evaluations = trainer.run()
     finally:
@@ -319,7 +367,7 @@ def _report(
         return
     report = ReportInput(
         run_dir=recipe.folder.path,
-        script=sys.argv[0],
+        script=_script(),
         rows=read_rows(recipe.folder.metrics_file),
         unigram=unigram_losses(data),
         evaluations=evaluations,

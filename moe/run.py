@@ -1,6 +1,6 @@
 """Run folder: what a name on disk holds, and whether a launch may start, continue or leave it alone.
 
-runs/<name>/  recipe.json   metrics.jsonl   checkpoints/step_00000100/   run.lock   *.png
+runs/<name>/  recipe.json   metrics.jsonl   checkpoints/step_00000100/   tokenizer/   run.lock   *.png
 """
 
 import json
@@ -8,11 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moe.checkpoint import CheckpointReader, RunLock, newest_checkpoint, remove_leftovers, write_json_atomic
+from moe.checkpoint import (
+    CheckpointReader,
+    RunLock,
+    list_checkpoints,
+    newest_checkpoint,
+    remove_leftovers,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 # what may change between a run and its continuation: where and how often, not what is computed
 _FREE_ON_RESUME = (
-    "parallel",
+    "parallel.ep_size",
+    "parallel.zero_stage",
+    "parallel.activation_checkpointing",
+    "parallel.timeout_s",
     "backend",
     "tracker",
     "runs_dir",
@@ -22,7 +33,13 @@ _FREE_ON_RESUME = (
     "trainer.save_every",
     "trainer.eval_sequences",
     "trainer.keep_checkpoints",
+    "trainer.max_skipped_steps",
+    "trainer.debug",
     "data.cache_dir",
+    # the fingerprint of the data holds what they say, wherever it lies
+    "data.sources",
+    "data.tokenizer",
+    "name",  # of the folder, which may be renamed
 )
 
 
@@ -56,22 +73,46 @@ class RunFolder:
     def checkpoints_dir(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.path / "tokenizer"
+
     def lock(self) -> RunLock:
-        """Take the folder for this process. Raises RunLockedError naming the owner."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        return RunLock.acquire(self.path)
+        """Take the folder for this process.
+
+        Raises RunLockedError naming the owner, RecipeError if the folder cannot be made or written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return RunLock.acquire(self.path)
+        except OSError as error:
+            raise RecipeError(
+                f"the run folder {self.path} cannot be written: {error.strerror}; choose another --runs-dir"
+            ) from error
 
     def open(self, recipe: dict[str, Any], *, resume: bool, steps: int, report: Any = print) -> Start:
         """Return what to do, with recipe.json written and rows past the checkpoint dropped from metrics.jsonl.
 
         Raises:
-            RecipeError: the folder holds a run and `resume` is not set, or the recipe differs where it must not.
+            RecipeError: the folder holds a run and `resume` is not set, the recipe differs where it must not, or no
+                checkpoint is good.
         """
         if not self.recipe_file.exists() and not self.checkpoints_dir.exists():
             write_json_atomic(self.recipe_file, recipe)
             return Start(action="new")
         remove_leftovers(self.checkpoints_dir)
         newest = newest_checkpoint(self.checkpoints_dir, report=report)
+        damaged = [] if newest else list_checkpoints(self.checkpoints_dir)
+        if damaged:
+            raise RecipeError(
+                f"{self.path}: none of its {len(damaged)} checkpoints is good, the newest is {damaged[-1].name}; bring "
+                "one back, or move the folder away to start again"
+            )
+        if newest is None and not any("train/loss" in row for row in read_rows(self.metrics_file)):
+            # an earlier start got no further than this; nothing is lost by starting again
+            self.metrics_file.unlink(missing_ok=True)
+            write_json_atomic(self.recipe_file, recipe)
+            return Start(action="new")
         saved_step = 0
         if newest is not None:
             reader = CheckpointReader.open(newest, check_hashes=False)
@@ -101,25 +142,28 @@ class RunFolder:
             raise RecipeError(
                 f"{self.path} holds a run of another recipe: {'; '.join(differences)}; "
                 "choose another --name, or set these fields back"
+                + ("; the schedule depends on trainer.steps" if "trainer.steps" in str(differences) else "")
             )
 
     def _drop_rows_after(self, step: int) -> None:
         """Rewrite metrics.jsonl without what the continued run will log again, and mark the place."""
-        rows = read_rows(self.metrics_file)
-        kept = [row for row in rows if row["step"] <= step] if step else []
-        marker = {"step": step, "resume": True, "dropped_rows": len(rows) - len(kept)}
-        text = "".join(json.dumps(row) + "\n" for row in [*kept, marker])
-        temporary = self.metrics_file.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.metrics_file)
+        lines = _complete_lines(self.metrics_file)
+        # the lines themselves, not rows written anew: what stays, stays to the byte
+        kept = [line for line in lines if json.loads(line)["step"] <= step] if step else []
+        marker = {"step": step, "resume": True, "dropped_rows": len(lines) - len(kept)}
+        write_text_atomic(self.metrics_file, "".join([*kept, json.dumps(marker) + "\n"]))
 
 
 def read_rows(metrics_file: Path) -> list[dict[str, Any]]:
     """Return the complete rows of a metrics.jsonl; a last line cut short by a kill is left out."""
-    if not metrics_file.exists():
+    return [json.loads(line) for line in _complete_lines(metrics_file)]
+
+
+def _complete_lines(file: Path) -> list[str]:
+    if not file.exists():
         return []
-    lines = metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]
 
 
 def _differences(new: Any, old: Any, name: str = "") -> list[tuple[str, Any, Any]]:

@@ -36,7 +36,7 @@ def generate(
     Raises:
         ValueError: an argument out of its range, or more tokens than the model has positions.
     """
-    _check(model, prompt_ids, max_new_tokens, temperature, top_k, top_p)
+    _check(model, prompt_ids, max_new_tokens, temperature, top_k, top_p, seed)
     device = model.embed_tokens.weight.device
     generator = torch.Generator().manual_seed(seed)
     cache = KeyValueCache(num_layers=model.config.num_hidden_layers, max_length=len(prompt_ids) + max_new_tokens)
@@ -71,7 +71,13 @@ def _draw(logits_V: Tensor, temperature: float, top_k: int, top_p: float, genera
 
 
 def _check(
-    model: Model, prompt_ids: Sequence[int], max_new_tokens: int, temperature: float, top_k: int, top_p: float
+    model: Model,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
 ) -> None:
     config = model.config
     if not prompt_ids:
@@ -81,6 +87,8 @@ def _check(
             f"prompt ids {min(prompt_ids)}..{max(prompt_ids)} do not fit vocab_size = {config.vocab_size}; "
             "use the tokenizer the model was trained with"
         )
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed = {seed} must lie in 0..2**63 - 1")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens = {max_new_tokens} must not be negative")
     if len(prompt_ids) + max_new_tokens > config.max_position_embeddings:

@@ -36,7 +36,7 @@ def debug() -> Recipe:
         data=DataConfig(vocab_size=1024, builtin_bytes=200_000),
         batch=BatchConfig(global_sequences=8, micro_sequences=2, sequence_length=64),
         optimizer=OptimizerConfig(learning_rate=1e-3),
-        schedule=ScheduleConfig(warmup_steps=10),
+        schedule=ScheduleConfig(warmup_steps=2),
         trainer=TrainerConfig(steps=100, log_every=10, eval_sequences=16),
     )
 

@@ -5,7 +5,7 @@ along dimension 0; whoever loads asks for rows of a logical tensor, however it w
 describes the files.
 """
 
-from moe.checkpoint.atomic import write_json_atomic
+from moe.checkpoint.atomic import write_json_atomic, write_text_atomic
 from moe.checkpoint.folder import list_checkpoints, remove_leftovers
 from moe.checkpoint.load import CheckpointReader, newest_checkpoint
 from moe.checkpoint.lock import RunLock, RunLockedError
@@ -29,4 +29,5 @@ __all__ = [
     "remove_leftovers",
     "save_checkpoint",
     "write_json_atomic",
+    "write_text_atomic",
 ]

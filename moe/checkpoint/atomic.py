@@ -55,7 +55,15 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
     The errors are those of `encode_json`, and OSError from the disk; the old file is intact after each.
     """
-    content = encode_json(value)
+    _replace(path, encode_json(value))
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace the file at `path` by `text`; a crash at any moment leaves the old file or the new one."""
+    _replace(path, text.encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         write_durable(temporary, content)

@@ -114,6 +114,11 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_rank() -> int:
+    """Return the rank torchrun gave this process, 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def start_process_group(*, timeout_s: float) -> torch.device:
     """Initialise torch.distributed and return this rank's device; one process needs neither torchrun nor a port."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

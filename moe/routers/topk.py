@@ -62,6 +62,8 @@ class TopKConfig(RouterConfig):
                 "num_experts_per_tok = 1 with normalised weights makes every weight 1, so the router gets no gradient "
                 "from the language-model loss; set router.norm_topk_prob and router.softmax_after_topk to False"
             )
+        if self.routed_scaling_factor <= 0:
+            raise ValueError(f"router.routed_scaling_factor = {self.routed_scaling_factor} must be positive")
         if not 0 <= self.router_jitter_noise < 1:
             raise ValueError(f"router.router_jitter_noise = {self.router_jitter_noise} must lie in [0, 1)")
         if self.bias_update_rate < 0:

@@ -132,14 +132,16 @@ def global_norm(gradients: list[tuple[nn.Parameter, Tensor | None]], groups: Par
     expert = dense.clone()
     for parameter, gradient in gradients:
         if gradient is not None:
-            square = gradient.double().square().sum()
+            square = torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
             if is_expert_parameter(parameter):
                 expert += square
             else:
                 dense += square
     if groups.expert_group is not None:
         dist.all_reduce(expert, group=groups.expert_group)
-    return math.sqrt((dense + expert).item())
+    square = (dense + expert).item()
+    # what stages 1 and 2 cannot sum in float32 is skipped there; so here
+    return math.inf if square > torch.finfo(torch.float32).max else math.sqrt(square)
 
 
 def _deepspeed_config(parallel: ParallelConfig, optimizer: OptimizerConfig) -> dict[str, Any]:

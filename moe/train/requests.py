@@ -44,7 +44,8 @@ class Requests:
     def __init__(self, *, run_dir: Path, groups: ParallelGroups) -> None:
         self._file = run_dir / "save"
         self._groups = groups
-        self._save = False
+        self._num_saves_asked = 0  # counted, not flagged: a signal may come while poll reads
+        self._num_saves_answered = 0
         self._stop_signal = 0
         self._previous: dict[int, Any] = {}
 
@@ -59,7 +60,7 @@ class Requests:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:
-            self._save = True
+            self._num_saves_asked += 1
         elif number == signal.SIGINT and self._stop_signal:
             raise KeyboardInterrupt
         else:
@@ -67,11 +68,12 @@ class Requests:
 
     def poll(self) -> Request:
         """Return what any rank was asked since the last call. Collective."""
-        if self._groups.rank == 0 and self._file.exists():
-            self._file.unlink()
-            self._save = True
-        asked = torch.tensor([int(self._save), self._stop_signal], device=self._groups.device)
-        self._save = False
+        if self._groups.rank == 0 and self._file.is_file():
+            self._file.unlink(missing_ok=True)
+            self._num_saves_asked += 1
+        num_asked = self._num_saves_asked
+        asked = torch.tensor([num_asked > self._num_saves_answered, self._stop_signal], device=self._groups.device)
+        self._num_saves_answered = num_asked
         if self._groups.data_group is not None:
             dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._groups.data_group)
         save, stop_signal = asked.tolist()

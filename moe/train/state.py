@@ -26,6 +26,21 @@ class Reader(Protocol):
     def read(self, name: str, *, offset: int = 0, length: int | None = None) -> Tensor: ...
 
 
+def master_weights(engine: Engine) -> dict[str, Tensor]:
+    """Return a copy of every trainable float32 weight this rank works with, by name. Collective."""
+    named = engine.module.named_parameters()
+    return {name: _get(engine, p, "model").detach().clone() for name, p in named if p.requires_grad}
+
+
+def first_moments(engine: Engine) -> dict[str, Tensor | None]:
+    """Return AdamW's first moment of every trainable parameter by name; None where it never updated. Collective."""
+    if engine.zero_stage:
+        link_moments(engine.zero_optimizer)
+        return {name: _get(engine, p, "exp_avg") for name, p in engine.module.named_parameters() if p.requires_grad}
+    state = engine.torch_optimizer.state
+    return {name: state[p].get("exp_avg") for name, p in engine.module.named_parameters() if p.requires_grad}
+
+
 def num_updates(engine: Engine) -> int:
     """Return how often AdamW has updated; all parameters share the count."""
     for state in engine.torch_optimizer.state.values():

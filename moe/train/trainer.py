@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe.checkpoint import CheckpointReader, Shard, prune, save_checkpoint
+from moe.checkpoint import CheckpointError, CheckpointReader, Shard, prune, save_checkpoint
 from moe.data.batching import BatchConfig
 from moe.data.store import PreparedData
 from moe.data.tokens import BatchStream
@@ -64,6 +64,7 @@ class Trainer:
         self._saved_step: int | None = None
         self._skipped = 0  # steps without an update, in all
         self._skipped_in_a_row = 0
+        self._is_unchecked = True  # in debug mode: no update has been looked at yet
 
     def restore(self, reader: CheckpointReader) -> None:
         """Continue from a checkpoint of any layout. Collective."""
@@ -71,6 +72,7 @@ class Trainer:
         self._step = self._saved_step = reader.state["step"]
         self._tokens = reader.state["tokens"]
         self._skipped = reader.state["skipped_steps"]
+        self._skipped_in_a_row = reader.state["skipped_in_a_row"]
         if LAGGED in reader.names:
             self._train_step.load.lagged_LE = reader.read(LAGGED).to(self._groups.device)
 
@@ -86,7 +88,7 @@ class Trainer:
             started = time.perf_counter()
             batches = [self._stream.batch(self._step, indices) for indices in micro_batches]
             learning_rate = self._optimizer.learning_rate * self._schedule.factor(self._step, steps=config.steps)
-            before = snapshot(self._engine.module) if config.debug and self._step == first else None
+            before = snapshot(self._engine) if config.debug and self._is_unchecked else None
             record = self._train_step.run(
                 batches, step=self._step, progress=self._step / config.steps, learning_rate=learning_rate
             )
@@ -106,7 +108,7 @@ class Trainer:
                     self._evaluate()
                 self._answer_requests()
         evaluations = self._evaluate()
-        self._save()
+        self._save(is_last=True)
         return evaluations
 
     def _check(self, record: StepRecord, before: dict[str, Tensor] | None) -> None:
@@ -118,14 +120,15 @@ class Trainer:
             if self._skipped_in_a_row >= self._config.max_skipped_steps:
                 raise TooManySkippedStepsError(
                     f"{self._skipped_in_a_row} steps in a row, up to step {self._step}, had no finite loss and "
-                    "gradient; lower optimizer.learning_rate, or look at the data of the sequences in metrics.jsonl"
+                    "gradient; lower optimizer.learning_rate, or look at the sequences that metrics.jsonl names"
                 )
             return
         self._skipped_in_a_row = 0
         if self._config.debug:
             check_replicas(self._engine.module, self._groups)
             if before is not None:
-                check_moved(self._engine.module, before)
+                check_moved(self._engine, before)
+                self._is_unchecked = False
 
     def _report_skip(self, record: StepRecord) -> None:
         """Log which sequences of the global batch had a loss or router logits that were not finite. Collective."""
@@ -143,7 +146,7 @@ class Trainer:
         """Save when it is due or asked for; stop when asked to. Collective."""
         request = self._requests.poll()
         if request.save or request.stop_signal or self._is_due(self._config.save_every):
-            self._save()
+            self._save(is_last=bool(request.stop_signal))
         if request.stop_signal:
             raise StopRequestedError(128 + request.stop_signal)
 
@@ -199,15 +202,28 @@ class Trainer:
         if lagged_LE is not None and self._groups.rank == 0:
             yield Shard(name=LAGGED, tensor=lagged_LE, logical_shape=tuple(lagged_LE.shape))
 
-    def _save(self) -> None:
+    def _save(self, *, is_last: bool) -> None:
+        """Save unless this step is saved; a failure ends the run only where no later save can make up for it."""
         if self._saved_step == self._step:
             return
+        try:
+            self._write_checkpoint()
+        except CheckpointError as error:
+            # raised on all ranks alike; the checkpoints before are intact
+            if is_last:
+                raise
+            self._console.say(f"step {self._step}: {error}; the run goes on and saves again when it is next due")
+            if self._tracker is not None:
+                self._tracker.log({"step": self._step, "save/failed": str(error)})
+
+    def _write_checkpoint(self) -> None:
         state = {
             **self._state,
             "step": self._step,
             "tokens": self._tokens,
             "num_updates": num_updates(self._engine),
             "skipped_steps": self._skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
         }
         directory = self._run_dir / "checkpoints"
         path = save_checkpoint(

@@ -1,5 +1,7 @@
 """`moe`: every command on a run trained for a few steps, and on what is no run."""
 
+import json
+
 import pytest
 
 from moe.checkpoint import list_checkpoints
@@ -84,3 +86,36 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["sample", str(recipe.folder.path)])
     assert "has no good checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["sample", "--temperature", "-1"], "temperature = -1"),
+        (["sample", "--top-p", "0"], "top_p = 0"),
+        (["sample", "--tokens", "-5"], "max_new_tokens = -5"),
+        (["sample", "--seed", "99999999999999999999"], "seed = 99999999999999999999"),
+        (["eval", "--sequences", "0"], "--sequences 0"),
+    ],
+)
+def test_values_out_of_range_are_refused_in_one_line(trained, flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([flags[0], str(trained.folder.path), *flags[1:]])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_is_sampled_without_its_text_and_not_evaluated_on_another(pool, tmp_path, capsys):
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"line {n} of the text " * 40}) for n in range(200)))
+    recipe = small_recipe(tmp_path, steps=2, data={"sources": {"mine": str(text)}})
+    pool.run(train, recipe, world_size=1)
+    text.write_text("\n".join(json.dumps({"text": f"another text, line {n} " * 40}) for n in range(200)))
+    with pytest.raises(SystemExit):
+        main(["eval", str(recipe.folder.path)])
+    assert "was trained on other data" in capsys.readouterr().err
+    text.unlink()
+    main(["sample", str(recipe.folder.path), "--tokens", "3"])
+    with pytest.raises(SystemExit):
+        main(["eval", str(recipe.folder.path)])
+    assert "does not exist" in capsys.readouterr().err

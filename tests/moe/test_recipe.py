@@ -84,6 +84,11 @@ WRONG = {
     "vocabulary": ({"model": {"vocab_size": 400}}, 1, "512 tokens but model.vocab_size = 400; .* at least 512"),
     "unknown backend": ({}, 1, "backend.*'fastest'.*naive"),
     "a name that is a path": ({}, 1, "name = '../x'"),
+    "a name that is the parent": ({}, 1, r"name = '\.\.'"),
+    "a name too long": ({}, 1, "up to 100 letters"),
+    "a seed too large": ({}, 1, "seed = 9+ must lie in 0"),
+    "a learning rate that is no number": ({"optimizer": {"learning_rate": float("nan")}}, 1, "learning_rate = nan"),
+    "an infinite clipping norm": ({"optimizer": {"max_grad_norm": float("inf")}}, 1, "max_grad_norm = inf"),
     "no steps": ({"trainer": {"steps": 0}}, 1, "trainer.steps = 0"),
     "warm-up beyond the end": ({"schedule": {"warmup_steps": 100}}, 1, "warmup_steps = 100 must lie in 0..*6"),
     "negative learning rate": ({"optimizer": {"learning_rate": -1.0}}, 1, "learning_rate = -1.0"),
@@ -99,8 +104,10 @@ def test_wrong_values_are_refused_with_the_limit_and_the_remedy(tmp_path, case):
     recipe = small_recipe(tmp_path, **changes)
     if case == "unknown backend":
         recipe = replace(recipe, backend="fastest")
-    if case == "a name that is a path":
-        recipe = replace(recipe, name="../x")
+    names = {"a name that is a path": "../x", "a name that is the parent": "..", "a name too long": "n" * 300}
+    recipe = replace(recipe, name=names.get(case, recipe.name))
+    if case == "a seed too large":
+        recipe = replace(recipe, seed=10**20 - 1)
     with pytest.raises(RecipeError, match=message):
         recipe.validate(world_size=world_size)
     assert not (tmp_path / "runs").exists()
@@ -203,3 +210,62 @@ def test_a_second_process_on_a_running_folder_is_refused(pool, run_root):
     with recipe.folder.lock(), pytest.raises(AssertionError, match=rf"RecipeError.*{os.getpid()}"):
         pool.run(train, recipe, world_size=2)
     assert not recipe.folder.recipe_file.exists()
+
+
+def damage(checkpoints: list[Path]) -> None:
+    for checkpoint in checkpoints:
+        file = next(checkpoint.glob("*.safetensors"))
+        file.write_bytes(file.read_bytes()[:-1])
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_keeps_its_rows(pool, run_root):
+    recipe = small_recipe(run_root, steps=3)
+    pool.run(train, recipe, world_size=1)
+    rows = rows_of(recipe)
+    damage(list_checkpoints(recipe.folder.checkpoints_dir))
+    with pytest.raises(AssertionError, match="none of its 1 checkpoints is good, the newest is step_00000003"):
+        pool.run(train, recipe, True, world_size=1)
+    assert rows_of(recipe) == rows
+
+
+def test_a_start_that_failed_on_its_data_does_not_block_the_next(pool, run_root):
+    text = run_root / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"body": f"line {n} of the text " * 40}) for n in range(200)))
+    wrong = small_recipe(run_root, steps=2, data={"sources": {"mine": str(text)}})
+    with pytest.raises(AssertionError, match="RecipeError.*text"):
+        pool.run(train, wrong, world_size=2)
+    right = replace(wrong, data=replace(wrong.data, text_field="body"))
+    pool.run(train, right, world_size=2)
+    assert [row["step"] for row in curve(right)] == [1, 2]
+
+
+def test_a_domain_shorter_than_a_sequence_is_refused_before_the_run_folder_is_made(pool, run_root):
+    recipe = small_recipe(run_root, batch={"sequence_length": 100_000}, model={"max_position_embeddings": 100_000})
+    with pytest.raises(AssertionError, match="RecipeError.*fewer than the 100001 of one sequence"):
+        pool.run(train, recipe, world_size=1)
+    assert not recipe.folder.path.exists()
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused_before_any_text_is_read(tmp_path, prepared_data):
+    tokenizer = next(prepared_data.glob("prepared-*/tokenizer"))
+    recipe = small_recipe(tmp_path, data={"tokenizer": str(tokenizer)}, model={"vocab_size": 300})
+    with pytest.raises(RecipeError, match=r"the tokenizer has 5\d\d tokens but model.vocab_size = 300"):
+        recipe.validate(world_size=1)
+
+
+def test_ranks_of_a_dry_run_must_make_sense(tmp_path, capsys):
+    for args in (["--dry-run", "--world-size", "-1"], ["--world-size", "4"]):
+        with pytest.raises(SystemExit) as stop:
+            main(small_recipe(tmp_path), args=args)
+        assert stop.value.code == 2
+        assert "--world-size" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path, prepared_data, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    recipe = small_recipe(tmp_path, data={"cache_dir": str(prepared_data)})
+    with pytest.raises(SystemExit) as stop:
+        main(replace(recipe, runs_dir=str(file)), args=[])
+    assert stop.value.code == 2
+    assert "cannot be written" in capsys.readouterr().err

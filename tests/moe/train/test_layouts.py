@@ -1,89 +1,59 @@
-"""A run is a function of its recipe, not of its layout: free fp32 steps through the engine as users run it.
+"""A run is a function of its recipe, not of its layout: the debug recipe launched as users launch it, in float32.
 
-Tolerances: losses 1e-6, gradient norm 1e-5, counts equal. Rounding differs between layouts, and beyond about six
-steps it may flip a top-k choice, from where two right runs part; so six steps. Without accumulation the rolling
-balance is exact, so every layout here takes its whole share of the batch in one micro-batch.
+Every launch is compared with the plain torch loop of plain_loop.py, on the same text: losses to 1e-6, gradient norm to
+1e-5, expert counts equal. Rounding differs between layouts, and beyond about six steps it may flip a top-k choice, from
+where two right runs part; so six steps. test_layout_matrix.py goes further, in float64 and with choices replayed.
 """
 
 from pathlib import Path
 
 import pytest
 
-from runs import curve, small_recipe, train
-
-LAYOUTS = [  # world, ep, ZeRO stage, activation checkpointing
-    (1, 1, 0, False),
-    (1, 1, 2, True),
-    (2, 1, 0, False),
-    (2, 2, 1, False),
-    (2, 2, 0, True),
-    (4, 2, 1, True),
-    (4, 4, 2, False),
-    (4, 1, 1, False),
-]
+from layout_runs import LIMITS, launched_recipe, launched_reference, run_launched
+from layouts import Layout, all_layouts, covering_set
+from runs import curve
 
 
-@pytest.mark.parametrize(("world", "ep", "stage", "checkpointing"), LAYOUTS)
-@pytest.mark.parametrize("packing", ["concatenate", "pad"])
-def test_every_layout_gives_the_same_curve(pool, prepared_data, run_root, packing, world, ep, stage, checkpointing):
-    reference = reference_curve(pool, prepared_data, packing)
-    recipe = small_recipe(
-        run_root,
-        batch={"micro_sequences": 8 // world},
-        data={"packing": packing},
-        parallel={"ep_size": ep, "zero_stage": stage, "activation_checkpointing": checkpointing},
-    )
-    pool.run(train, recipe, world_size=world)
-    assert_same(curve(recipe), reference)
+@pytest.mark.parametrize("layout", covering_set(all_layouts()), ids=str)
+def test_every_layout_gives_the_curve_of_the_plain_loop(pool, prepared_data, tmp_path, layout):
+    part, result = run_launched(pool, layout, root=tmp_path, data_dir=prepared_data)
+    assert not result.over(LIMITS[part])
+    assert_logged(tmp_path, layout, prepared_data)
 
 
-_REFERENCES: dict[str, list] = {}
+def assert_logged(root: Path, layout: Layout, data_dir: Path) -> None:
+    """The rows of metrics.jsonl say what the steps gave."""
+    rows = curve(launched_recipe(root, layout, data_dir=data_dir))
+    expected = launched_reference(data_dir, layout.is_padded, "exact").rows
+    assert [row["step"] for row in rows] == list(range(1, len(expected) + 1))
+    for row, plain in zip(rows, expected, strict=True):
+        assert row["train/loss"] == pytest.approx(plain.loss, rel=1e-6)
+        assert row["train/lm_loss"] == pytest.approx(plain.lm_loss, rel=1e-6)
+        assert row["train/load_balancing_loss"] == pytest.approx(plain.load_balancing_loss, rel=1e-6)
+        assert row["train/z_loss"] == pytest.approx(plain.z_loss, rel=1e-5)
+        assert row["train/grad_norm"] == pytest.approx(plain.grad_norm, rel=1e-5)
+        means = [sum(count) / len(count) for count in plain.tokens_per_expert]
+        highest = [max(count) / mean for count, mean in zip(plain.tokens_per_expert, means, strict=True)]
+        assert row["moe/load_max_over_mean"] == pytest.approx(sum(highest) / len(highest), rel=1e-12)
+        assert row["moe/experts_per_token"] == 2.0
 
 
-def reference_curve(pool, prepared_data: Path, packing: str) -> list:
-    """One process, ZeRO 1, one micro-batch."""
-    if packing not in _REFERENCES:
-        root = prepared_data.parent / f"reference-{packing}"
-        recipe = small_recipe(
-            root,
-            batch={"micro_sequences": 8},
-            data={"packing": packing, "cache_dir": str(prepared_data)},
-        )
-        pool.run(train, recipe, world_size=1)
-        _REFERENCES[packing] = curve(recipe)
-    return _REFERENCES[packing]
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(world=(1, 1), stage=1, micro=2, is_checkpointed=False, is_padded=False),
+        Layout(world=(2, 2), stage=0, micro=1, is_checkpointed=True, is_padded=True),
+        Layout(world=(4, 2), stage=2, micro=1, is_checkpointed=False, is_padded=True),
+    ],
+    ids=str,
+)
+def test_sequence_wise_balance_does_not_depend_on_the_layout(pool, prepared_data, tmp_path, layout):
+    part, result = run_launched(pool, layout, root=tmp_path, data_dir=prepared_data, scope="sequence")
+    assert not result.over(LIMITS[part])
 
 
-def assert_same(rows: list[dict], reference: list[dict]) -> None:
-    assert [row["step"] for row in rows] == [row["step"] for row in reference] == list(range(1, 7))
-    for row, expected in zip(rows, reference, strict=True):
-        for name, tolerance in (
-            ("train/loss", 1e-6),
-            ("train/lm_loss", 1e-6),
-            ("train/load_balancing_loss", 1e-6),
-            ("train/z_loss", 1e-5),
-            ("train/grad_norm", 1e-5),
-            ("moe/router_entropy", 1e-6),
-        ):
-            assert row[name] == pytest.approx(expected[name], rel=tolerance), (row["step"], name)
-        # figures of counts: equal counts give equal figures
-        for name in (
-            "tokens",
-            "moe/load_max_over_mean",
-            "moe/load_cv",
-            "moe/dead_expert_frac",
-            "moe/experts_per_token",
-        ):
-            assert row[name] == expected[name], (row["step"], name)
-
-
-def test_accumulation_changes_only_what_the_rolling_balance_sees(pool, prepared_data, run_root):
-    """With the balance loss off, accumulation must not matter at all."""
-    curves = []
-    for micro in (2, 8):
-        recipe = small_recipe(
-            run_root, f"micro-{micro}", batch={"micro_sequences": micro}, balance={"coefficient": 0.0}
-        )
-        pool.run(train, recipe, world_size=1)
-        curves.append(curve(recipe))
-    assert_same(*curves)
+@pytest.mark.parametrize("scope", ["ranks", "global"])
+def test_without_accumulation_the_other_scopes_over_ranks_are_exact(pool, prepared_data, tmp_path, scope):
+    layout = Layout(world=(4, 2), stage=1, micro=2, is_checkpointed=True, is_padded=True)
+    part, result = run_launched(pool, layout, root=tmp_path, data_dir=prepared_data, scope=scope)
+    assert not result.over(LIMITS[part])

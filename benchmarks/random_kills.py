@@ -1,0 +1,182 @@
+"""Kill a run at random moments, resume it each time, and compare it with a run that nobody killed, to the bit.
+
+    python benchmarks/random_kills.py --kills 10
+    python benchmarks/random_kills.py --kills 10 --ranks 2 --dtype bf16 --scope lagged
+
+A run of 20 steps with selection bias, jitter noise and accumulation, saved every second step. Each kill is SIGKILL to
+all processes at once, at a random time after the first new row. Printed: what was lost at each, and whether rows and
+tensors of the run that came through are those of the undisturbed one.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "recipes")]
+
+from debug import debug  # noqa: E402
+
+from moe.balance.load import BalanceConfig, Scope  # noqa: E402
+from moe.checkpoint import CheckpointReader, list_checkpoints, write_json_atomic  # noqa: E402
+from moe.recipe import Recipe  # noqa: E402
+from moe.routers.topk import TopKConfig  # noqa: E402
+from moe.run import read_rows  # noqa: E402
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What to kill, and how often."""
+
+    kills: int = 10
+    ranks: int = 1
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    scope: Scope = "exact"
+    accumulation: int = 3
+    steps: int = 20
+    save_every: int = 2
+    seed: int = 0  # of the moments
+
+
+def kill_and_compare(task: Task, root: Path, cache_dir: Path | None = None) -> dict[str, Any]:
+    """Return the figures of `task`, run in the folder `root`: kills, lost steps, differences."""
+    whole, broken = (_recipe(task, root, name, cache_dir or root / "data") for name in ("whole", "broken"))
+    output, _ = _start(whole, task).communicate()
+    _expect_end(whole, task, output)
+    moments = random.Random(task.seed)
+    lost, delays = [], []
+    # how long a run takes from its first row to its end: kills fall inside
+    seconds = sum(1 / row["perf/tokens_per_s"] for row in _curve(whole)) * whole.batch.tokens * 1.5
+    while len(lost) < task.kills and _newest_step(broken) < task.steps:
+        delay = moments.uniform(0, seconds / max(1, task.kills))
+        trained, saved = _start_and_kill(broken, task, delay)
+        lost.append(trained - saved)
+        delays.append(delay)
+        print(f"kill {len(lost)}: {delay:.2f} s after the first row, at step {trained}, newest save {saved}", flush=True)
+    output, _ = _start(broken, task, "--resume").communicate()
+    _expect_end(broken, task, output)
+    old, new = _tensors(whole), _tensors(broken)
+    return {
+        "kills": len(lost),
+        "lost_steps": sum(lost),
+        "most_lost_steps": max(lost, default=0),
+        "resumes": sum(bool(row.get("resume")) for row in read_rows(broken.folder.metrics_file)),
+        "rows": len(_curve(broken)),
+        "different_rows": sum(a != b for a, b in zip(_curve(whole), _curve(broken), strict=True)),
+        "tensors": len(new),
+        "different_tensors": sum(not torch.equal(new[name], old[name]) for name in old.keys() | new.keys()),
+    }
+
+
+def _recipe(task: Task, root: Path, name: str, cache_dir: Path) -> Recipe:
+    recipe = debug()
+    sequences = 2 * task.ranks * task.accumulation
+    return replace(
+        recipe,
+        name=name,
+        runs_dir=str(root / "runs"),
+        data=replace(recipe.data, cache_dir=str(cache_dir), builtin_bytes=60_000, vocab_size=512),
+        model=replace(
+            recipe.model,
+            vocab_size=512,
+            router=TopKConfig(norm_topk_prob=True, use_selection_bias=True, router_jitter_noise=0.05),
+        ),
+        batch=replace(recipe.batch, global_sequences=sequences, micro_sequences=2),
+        balance=BalanceConfig(scope=task.scope, smoothing=0.5 if task.scope == "lagged" else 0.0),
+        parallel=replace(recipe.parallel, dtype=task.dtype),
+        schedule=replace(recipe.schedule, warmup_steps=2),
+        trainer=replace(recipe.trainer, steps=task.steps, log_every=1, save_every=task.save_every, eval_sequences=3),
+    )
+
+
+def _start(recipe: Recipe, task: Task, *flags: str) -> subprocess.Popen:
+    folder = Path(recipe.runs_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{recipe.name}.json"
+    write_json_atomic(file, recipe.to_json())
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(task.ranks)]
+    return subprocess.Popen(
+        [sys.executable, *(torchrun if task.ranks > 1 else []), "-m", "moe", "train", str(file), *flags],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:3]), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def _start_and_kill(recipe: Recipe, task: Task, delay: float) -> tuple[int, int]:
+    """Kill all processes `delay` seconds after the first new row; return the steps trained and saved by then."""
+    rows = len(read_rows(recipe.folder.metrics_file))
+    process = _start(recipe, task, "--resume")
+    # the marker of the resume and one row of training
+    while len(read_rows(recipe.folder.metrics_file)) < 2 or not _has_new_row(recipe, rows):
+        if process.poll() is not None:
+            raise RuntimeError(process.communicate()[0])
+        time.sleep(0.01)
+    time.sleep(delay)
+    # the workers of torchrun live in sessions of their own
+    victims = [*_children(process.pid), process.pid]
+    for pid in victims:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it had come to its end
+    process.communicate()
+    trained = [row["step"] for row in _curve(recipe)]
+    return max(trained, default=0), _newest_step(recipe)
+
+
+def _has_new_row(recipe: Recipe, rows_before: int) -> bool:
+    rows = read_rows(recipe.folder.metrics_file)
+    markers = [i for i, row in enumerate(rows) if row.get("resume")]
+    first_new = markers[-1] if markers else 0
+    return any("train/loss" in row for row in rows[first_new:]) and (rows_before == 0 or bool(markers))
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _expect_end(recipe: Recipe, task: Task, output: str) -> None:
+    if _newest_step(recipe) != task.steps:
+        raise RuntimeError(f"{recipe.name} did not come to its end:\n{output}")
+
+
+def _newest_step(recipe: Recipe) -> int:
+    found = list_checkpoints(recipe.folder.checkpoints_dir)
+    return CheckpointReader.open(found[-1]).step if found else 0
+
+
+def _curve(recipe: Recipe) -> list[dict[str, Any]]:
+    rows = [row for row in read_rows(recipe.folder.metrics_file) if "train/loss" in row]
+    return [{key: value for key, value in row.items() if key != "perf/seconds"} for row in rows]
+
+
+def _tensors(recipe: Recipe) -> dict[str, torch.Tensor]:
+    reader = CheckpointReader.open(list_checkpoints(recipe.folder.checkpoints_dir)[-1])
+    return {name: reader.read(name) for name in reader.names}
+
+
+def main() -> None:
+    task = tyro.cli(Task, description=__doc__)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        figures = kill_and_compare(task, Path(folder))
+    print(json.dumps({**figures, "seconds": round(time.monotonic() - started, 1)}, indent=1))
+    sys.exit(bool(figures["different_rows"] or figures["different_tensors"]))
+
+
+if __name__ == "__main__":
+    main()
