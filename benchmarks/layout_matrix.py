@@ -1,6 +1,6 @@
 """The layout matrix in full: every layout against a plain torch loop of one process, in the three parts of the proof.
 
-    python benchmarks/layout_matrix.py                    # all parts; about a quarter of an hour on two cores
+    python benchmarks/layout_matrix.py                    # all parts; 15 to 30 minutes on two cores
     python benchmarks/layout_matrix.py --parts fp64       # one part
 
 tests/layouts.py lists the layouts, tests/layout_runs.py says what each part runs and how far it may deviate. The test
@@ -118,7 +118,7 @@ def write(results: list[Result], path: Path) -> None:
             "micro_sequences": result.layout.micro,
             "activation_checkpointing": result.layout.is_checkpointed,
             "padding": result.layout.is_padded,
-            **{name: f"{value:.3g}" for name, value in dataclasses.asdict(result.deviation).items()},
+            **{name: f"{value:.2g}" for name, value in dataclasses.asdict(result.deviation).items()},
             "holds": result.holds,
         }
         for result in results

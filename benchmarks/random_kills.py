@@ -11,6 +11,7 @@ tensors of the run that came through are those of the undisturbed one.
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -24,10 +25,10 @@ import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "recipes")]
+_PATHS = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "recipes")]
+sys.path[:0] = _PATHS
 
 from debug import debug  # noqa: E402
-
 from moe.balance.load import BalanceConfig, Scope  # noqa: E402
 from moe.checkpoint import CheckpointReader, list_checkpoints, write_json_atomic  # noqa: E402
 from moe.recipe import Recipe  # noqa: E402
@@ -47,23 +48,25 @@ class Task:
     steps: int = 20
     save_every: int = 2
     seed: int = 0  # of the moments
+    cache_dir: Path | None = None  # of the data, where some is prepared
 
 
-def kill_and_compare(task: Task, root: Path, cache_dir: Path | None = None) -> dict[str, Any]:
+def kill_and_compare(task: Task, root: Path) -> dict[str, Any]:
     """Return the figures of `task`, run in the folder `root`: kills, lost steps, differences."""
-    whole, broken = (_recipe(task, root, name, cache_dir or root / "data") for name in ("whole", "broken"))
+    whole, broken = (_recipe(task, root, name, task.cache_dir or root / "data") for name in ("whole", "broken"))
     output, _ = _start(whole, task).communicate()
     _expect_end(whole, task, output)
     moments = random.Random(task.seed)
-    lost, delays = [], []
-    # how long a run takes from its first row to its end: kills fall inside
-    seconds = sum(1 / row["perf/tokens_per_s"] for row in _curve(whole)) * whole.batch.tokens * 1.5
+    lost = []
+    # of all steps together: kills are spread over the run
+    seconds = sum(whole.batch.tokens / row["perf/tokens_per_s"] for row in _rows(whole))
     while len(lost) < task.kills and _newest_step(broken) < task.steps:
         delay = moments.uniform(0, seconds / max(1, task.kills))
         trained, saved = _start_and_kill(broken, task, delay)
         lost.append(trained - saved)
-        delays.append(delay)
-        print(f"kill {len(lost)}: {delay:.2f} s after the first row, at step {trained}, newest save {saved}", flush=True)
+        print(
+            f"kill {len(lost)}: {delay:.2f} s after the first row, at step {trained}, newest save {saved}", flush=True
+        )
     output, _ = _start(broken, task, "--resume").communicate()
     _expect_end(broken, task, output)
     old, new = _tensors(whole), _tensors(broken)
@@ -108,7 +111,7 @@ def _start(recipe: Recipe, task: Task, *flags: str) -> subprocess.Popen:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(task.ranks)]
     return subprocess.Popen(
         [sys.executable, *(torchrun if task.ranks > 1 else []), "-m", "moe", "train", str(file), *flags],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:3]), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(_PATHS), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -118,31 +121,24 @@ def _start(recipe: Recipe, task: Task, *flags: str) -> subprocess.Popen:
 
 def _start_and_kill(recipe: Recipe, task: Task, delay: float) -> tuple[int, int]:
     """Kill all processes `delay` seconds after the first new row; return the steps trained and saved by then."""
-    rows = len(read_rows(recipe.folder.metrics_file))
     process = _start(recipe, task, "--resume")
-    # the marker of the resume and one row of training
-    while len(read_rows(recipe.folder.metrics_file)) < 2 or not _has_new_row(recipe, rows):
-        if process.poll() is not None:
-            raise RuntimeError(process.communicate()[0])
-        time.sleep(0.01)
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if re.match(r"step \d+/\d+  loss", line):
+            break
+    else:
+        raise RuntimeError("".join(said))
     time.sleep(delay)
     # the workers of torchrun live in sessions of their own
-    victims = [*_children(process.pid), process.pid]
-    for pid in victims:
+    for pid in [process.pid, *_children(process.pid)]:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
-            pass  # it had come to its end
+            print(f"process {pid} had come to its end")
     process.communicate()
-    trained = [row["step"] for row in _curve(recipe)]
-    return max(trained, default=0), _newest_step(recipe)
-
-
-def _has_new_row(recipe: Recipe, rows_before: int) -> bool:
-    rows = read_rows(recipe.folder.metrics_file)
-    markers = [i for i, row in enumerate(rows) if row.get("resume")]
-    first_new = markers[-1] if markers else 0
-    return any("train/loss" in row for row in rows[first_new:]) and (rows_before == 0 or bool(markers))
+    return max(row["step"] for row in _curve(recipe)), _newest_step(recipe)
 
 
 def _children(pid: int) -> list[int]:
@@ -159,9 +155,13 @@ def _newest_step(recipe: Recipe) -> int:
     return CheckpointReader.open(found[-1]).step if found else 0
 
 
+def _rows(recipe: Recipe) -> list[dict[str, Any]]:
+    return [row for row in read_rows(recipe.folder.metrics_file) if "train/loss" in row]
+
+
 def _curve(recipe: Recipe) -> list[dict[str, Any]]:
-    rows = [row for row in read_rows(recipe.folder.metrics_file) if "train/loss" in row]
-    return [{key: value for key, value in row.items() if key != "perf/seconds"} for row in rows]
+    """The training rows without speeds, which no two runs share."""
+    return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in _rows(recipe)]
 
 
 def _tensors(recipe: Recipe) -> dict[str, torch.Tensor]:

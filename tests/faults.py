@@ -1,4 +1,4 @@
-"""What tests do to a run in the middle of it: code of theirs around one step, in the pool or in a process of its own."""
+"""What tests do to a run in the middle of it: their code around one step, in the pool or in a process of its own."""
 
 import atexit
 import os

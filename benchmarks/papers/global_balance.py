@@ -30,6 +30,7 @@ from typing import Literal
 import torch
 import tyro
 from matplotlib.figure import Figure
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -75,6 +76,8 @@ class Options:
     learning_rate: float = 2e-3
     record: bool = True
     """Append rows to results/global_balance.csv."""
+    resume: bool = False
+    """Take runs with these settings from results/global_balance.csv where it has them, and train only the rest."""
     plot: bool = True
     """Draw docs/images/global_balance.png."""
 
@@ -305,6 +308,18 @@ def append_row(path: Path, row: Row) -> None:
         writer.writerow(dataclasses.asdict(row))
 
 
+def recorded_row(path: Path, options: Options, variant: Variant, seed: int) -> Row | None:
+    """Return the newest recorded run of these settings, or None."""
+    if not path.exists():
+        return None
+    wanted = dataclasses.asdict(options) | {"variant": variant, "seed": seed}
+    wanted["coefficient"] = 0.0 if variant == "none" else options.coefficient
+    with path.open(newline="") as file:
+        rows = TypeAdapter(list[Row]).validate_python(list(csv.DictReader(file)))
+    same = [row for row in rows if all(wanted.get(name, value) == value for name, value in vars(row).items())]
+    return same[-1] if same else None
+
+
 FIGURES = {
     "validation_loss": "validation loss",
     "mutual_information": "MI",
@@ -360,12 +375,16 @@ def main(options: Options) -> None:
     """Run the variants of every seed, print and draw."""
     torch.set_num_threads(1)  # the clock sees one thread
     console = Console(width=120)
+    results = ROOT / "benchmarks" / "results" / "global_balance.csv"
     rows = []
     for seed in options.seeds:
         for variant in options.variants:
-            rows.append(train(options, variant, seed, console.log))
-            if options.record:
-                append_row(ROOT / "benchmarks" / "results" / "global_balance.csv", rows[-1])
+            row = recorded_row(results, options, variant, seed) if options.resume else None
+            if row is None:
+                row = train(options, variant, seed, console.log)
+                if options.record:
+                    append_row(results, row)
+            rows.append(row)
     print_table(console, rows)
     if options.plot:
         draw(rows, ROOT / "docs" / "images" / "global_balance.png")

@@ -1,5 +1,6 @@
 """Evaluation against a plain float64 loop over the held-out tokens, on one rank and on two."""
 
+import itertools
 import math
 
 import pytest
@@ -43,7 +44,7 @@ def windows(domain: Domain, packing: str) -> list[list[int]]:
         cut = [tokens[start : start + LENGTH + 1] for start in range(0, len(tokens) - 1, LENGTH)]
     else:
         cut, starts = [], domain.validation.starts.tolist()
-        for first, last in zip(starts, starts[1:], strict=False):
+        for first, last in itertools.pairwise(starts):
             document = [domain.eos_token_id, *tokens[first:last]]
             cut += [document[start : start + LENGTH + 1] for start in range(0, len(document) - 1, LENGTH)]
     chosen = min(SEQUENCES, len(cut))

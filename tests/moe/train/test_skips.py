@@ -73,7 +73,8 @@ def poisoned(model, poison: Poison) -> ExitStack:
         parameter = next(p for name, p in model.named_parameters() if name.endswith(poison.place))
 
         def spoil(gradient):
-            if is_second():
+            # backward runs without gradients of its own, so grad mode does not tell the pass here
+            if seen[True] == SECOND + 1:
                 gradient = gradient.clone()
                 gradient.view(-1)[7] = poison.value
             return gradient
