@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_START_TIMEOUT_S = 120.0
+_START_TIMEOUT_S = 300.0
 
 
 class Pool:

@@ -121,7 +121,7 @@ def recipe_of(root, name="run", *, ep=1, stage=1, dtype="fp32", scope="lagged", 
 
 @pytest.mark.parametrize(
     ("ep", "stage", "dtype"),
-    [(1, 0, "fp32"), (2, 0, "fp32"), (1, 1, "fp32"), (2, 1, "fp32"), (2, 2, "fp32"), (2, 1, "bf16"), (1, 2, "bf16")],
+    [(1, 0, "fp32"), (2, 1, "fp32"), (2, 2, "fp32"), (2, 1, "bf16"), (1, 2, "bf16")],
 )
 def test_a_bad_step_on_one_rank_changes_nothing_and_names_its_sequences(pool, run_root, ep, stage, dtype):
     poison_of_step = {2 + 2 * i: poison for i, poison in enumerate(KINDS)}
@@ -166,7 +166,7 @@ def test_counts_of_a_skipped_step_do_not_leak_into_the_next(pool, run_root, scop
             assert row[name] == expected[name], (name, row["step"])
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (2, "bf16")])
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (2, "bf16")])
 def test_a_skipped_first_step_is_saved_and_resumed_exactly(pool, run_root, stage, dtype):
     fields = {"stage": stage, "dtype": dtype, "trainer": {"save_every": 1, "keep_checkpoints": 9}}
     whole, broken = (recipe_of(run_root, name, **fields) for name in ("whole", "broken"))
