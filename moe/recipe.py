@@ -273,7 +273,11 @@ def make_stream(recipe: Recipe, data: PreparedData) -> BatchStream:
 def _keep_tokenizer(recipe: Recipe, data: PreparedData) -> None:
     """Put the tokenizer beside the checkpoints: a run can be sampled when its text is gone."""
     if not recipe.folder.tokenizer_dir.exists():
-        shutil.copytree(data.tokenizer_dir, recipe.folder.tokenizer_dir)
+        # a copy cut short must not look like a tokenizer
+        temporary = recipe.folder.tokenizer_dir.with_name(".tmp-tokenizer")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(data.tokenizer_dir, temporary)
+        temporary.rename(recipe.folder.tokenizer_dir)
 
 
 def _script() -> str:
