@@ -223,7 +223,7 @@ def launch(recipe: Recipe, *, resume: bool = False) -> None:
     try:
         groups = ParallelGroups.create(ep_size=recipe.parallel.ep_size, device=device)
         with ExitStack() as stack:
-            start = on_first_rank(groups, lambda: _open_folder(recipe, resume, stack))
+            start = on_first_rank(groups, lambda: _open_folder(recipe, data, resume, stack))
             if start.action == "finished":
                 if groups.rank == 0:
                     print(f"{recipe.folder.path} is finished ({start.checkpoint}); nothing to do")
@@ -237,12 +237,13 @@ def launch(recipe: Recipe, *, resume: bool = False) -> None:
             dist.destroy_process_group()
 
 
-def _open_folder(recipe: Recipe, resume: bool, stack: ExitStack) -> Start:
+def _open_folder(recipe: Recipe, data: PreparedData, resume: bool, stack: ExitStack) -> Start:
     """Lock the run folder until `stack` closes, and see what it holds. Rank 0 only."""
     try:
         stack.enter_context(recipe.folder.lock())
     except RunLockedError as error:
         raise RecipeError(str(error)) from error
+    recipe.folder.check_data(data.fingerprint)
     return recipe.folder.open(recipe.to_json(), resume=resume, steps=recipe.trainer.steps)
 
 
@@ -286,7 +287,8 @@ def _script() -> str:
 
 
 def _train(recipe: Recipe, start: Start, data: PreparedData, groups: ParallelGroups) -> None:
-    reader = _open_checkpoint(start, data)
+    # rank 0 has just checked the hashes
+    reader = CheckpointReader.open(start.checkpoint, check_hashes=False) if start.checkpoint else None
     prepare_environment(groups.device.type)
     # DeepSpeed comes in here: a recipe that fails a check does not pay for its import
     from moe.train.engine import Engine
@@ -343,18 +345,6 @@ def _train(recipe: Recipe, start: Start, data: PreparedData, groups: ParallelGro
             tracker.close()
     _report(recipe, model, data, evaluations, groups)
     engine.close()
-
-
-def _open_checkpoint(start: Start, data: PreparedData) -> CheckpointReader | None:
-    if start.checkpoint is None:
-        return None
-    reader = CheckpointReader.open(start.checkpoint, check_hashes=False)  # rank 0 has just checked them
-    if reader.state["data_fingerprint"] != data.fingerprint:
-        raise RecipeError(
-            f"{start.checkpoint} was trained on other data (fingerprint {reader.state['data_fingerprint']}, "
-            f"now {data.fingerprint}); bring the data back, or start a run of another --name"
-        )
-    return reader
 
 
 def _report(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe.checkpoint import (
+    CheckpointError,
     CheckpointReader,
     RunLock,
     list_checkpoints,
@@ -89,6 +90,20 @@ class RunFolder:
             raise RecipeError(
                 f"the run folder {self.path} cannot be written: {error.strerror}; choose another --runs-dir"
             ) from error
+
+    def check_data(self, fingerprint: str) -> None:
+        """Raise RecipeError if the newest checkpoint was trained on other data; nothing is written."""
+        for checkpoint in reversed(list_checkpoints(self.checkpoints_dir)):
+            try:
+                saved = CheckpointReader.open(checkpoint, check_hashes=False).state["data_fingerprint"]
+            except CheckpointError:
+                continue  # `open` reports it by name
+            if saved != fingerprint:
+                raise RecipeError(
+                    f"{checkpoint} was trained on other data (fingerprint {saved}, now {fingerprint}); bring the data "
+                    "back, or start a run of another --name"
+                )
+            return
 
     def open(self, recipe: dict[str, Any], *, resume: bool, steps: int, report: Any = print) -> Start:
         """Return what to do, with recipe.json written and rows past the checkpoint dropped from metrics.jsonl.

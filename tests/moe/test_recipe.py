@@ -269,3 +269,16 @@ def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path, prepared_
         main(replace(recipe, runs_dir=str(file)), args=[])
     assert stop.value.code == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_other_data_under_resume_is_refused_before_anything_is_written(pool, run_root):
+    text = run_root / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"line {n} of the text " * 40}) for n in range(200)))
+    recipe = small_recipe(run_root, steps=3, data={"sources": {"mine": str(text)}}, trainer={"save_every": 2})
+    pool.run(train, recipe, world_size=1)
+    list_checkpoints(recipe.folder.checkpoints_dir)[-1].rename(run_root / "last")
+    kept = recipe.folder.metrics_file.read_bytes()
+    text.write_text("\n".join(json.dumps({"text": f"another text, line {n} " * 40}) for n in range(200)))
+    with pytest.raises(AssertionError, match="was trained on other data"):
+        pool.run(train, recipe, True, world_size=1)
+    assert recipe.folder.metrics_file.read_bytes() == kept
