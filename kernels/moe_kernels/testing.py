@@ -2,18 +2,20 @@
 
 Data keeps every value inside the layer near 1, so that an error cannot hide below a tolerance, and scales
 experts differently, so that reading the wrong one is loud. Upstream gradients are random: a sum would hide
-mistakes.
+mistakes. H is the width of the first product: 2F, or F without a gate.
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_kernels import reference
-from moe_kernels.backends import ExpertsBackend
+from moe_kernels.backends import BACKENDS, PLAIN, ExpertsBackend
+from moe_kernels.spec import ExpertSpec
 
 ROUTINGS = (
     "random",
@@ -29,6 +31,7 @@ ROUTINGS = (
     "some_unused",
     "all_unused",
 )
+LEAVES = ("x_TD", "weight_N", "gate_up_E2FD", "down_EDF", "gate_up_bias_E2F", "down_bias_ED")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,17 +46,22 @@ class Case:
     down_EDF: Tensor
     dy_TD: Tensor
     fan_out: int | None
+    spec: ExpertSpec = PLAIN
+    gate_up_bias_E2F: Tensor | None = None
+    down_bias_ED: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a backend returns for a case, and the gradient of every input that has one."""
+    """What a backend returns for a case, and the gradient of every input that has one; None for an absent bias."""
 
     y_TD: Tensor
     dx_TD: Tensor
     dweight_N: Tensor
     dgate_up_E2FD: Tensor
     ddown_EDF: Tensor
+    dgate_up_bias_E2F: Tensor | None = None
+    ddown_bias_ED: Tensor | None = None
 
 
 def make_rows(routing: str, *, T: int, E: int, K: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -109,8 +117,14 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    spec: ExpertSpec = PLAIN,
+    biases: bool = False,
 ) -> Case:
-    """Return a case with seeded data, the same for every dtype up to rounding; weight_N lies in 0.1..1.1."""
+    """Return a case with seeded data, the same for every dtype up to rounding; weight_N lies in 0.1..1.1.
+
+    Layouts of one activation hold the same experts. For gpt_oss the first product is 4 times as large as for the
+    others, so that one in 25 gates and one in 12 ups lie beyond the limits at which they are held.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -119,77 +133,126 @@ def make_case(
     token_N, expert_N = make_rows(routing, T=T, E=E, K=K, generator=generator)
     weight_N = 0.1 + torch.rand(token_N.numel(), generator=generator, dtype=torch.float64)
     scale_E11 = 2.0 ** (torch.arange(E) % 4).view(E, 1, 1)
+    H, size = spec.halves * F, 4.0 if spec.activation == "gpt_oss" else 1.0
+    x_TD, gate_up_EHD, down_EDF = normal(T, D), normal(E, H, D) / D**0.5 * size, normal(E, D, F) / F**0.5 * scale_E11
+    dy_TD = normal(T, D)
+    gate_up_bias_EH, down_bias_ED = normal(E, H) * size, normal(E, D) * scale_E11[:, :, 0]
+    if spec.gate_up == "interleaved" and spec.halves == 2:
+        turns_H = torch.arange(H).view(2, F).T.flatten()
+        gate_up_EHD, gate_up_bias_EH = gate_up_EHD[:, turns_H], gate_up_bias_EH[:, turns_H]
+    if spec.weights == "in_out":
+        gate_up_EHD, down_EDF = gate_up_EHD.mT.contiguous(), down_EDF.mT.contiguous()
     return Case(
-        x_TD=normal(T, D).to(device, dtype),
+        x_TD=x_TD.to(device, dtype),
         token_N=token_N.to(device),
         expert_N=expert_N.to(device),
         weight_N=weight_N.to(device, torch.promote_types(dtype, torch.float32)),
-        gate_up_E2FD=(normal(E, 2 * F, D) / D**0.5).to(device, dtype),
-        down_EDF=(normal(E, D, F) / F**0.5 * scale_E11).to(device, dtype),
-        dy_TD=normal(T, D).to(device, dtype),
+        gate_up_E2FD=gate_up_EHD.to(device, dtype),
+        down_EDF=down_EDF.to(device, dtype),
+        dy_TD=dy_TD.to(device, dtype),
         fan_out=None if routing in ("ragged", "one_row_each") else K,
+        spec=spec,
+        gate_up_bias_E2F=gate_up_bias_EH.to(device, dtype) if biases else None,
+        down_bias_ED=down_bias_ED.to(device, dtype) if biases else None,
     )
 
 
-def _leaves(case: Case, dtype: torch.dtype | None = None) -> list[Tensor]:
-    tensors = (case.x_TD, case.weight_N, case.gate_up_E2FD, case.down_EDF)
-    return [tensor.detach().to(dtype or tensor.dtype).requires_grad_() for tensor in tensors]
+def runs_on_cpu(name: str, dtype: torch.dtype, widths: tuple[int, ...] = (8,), spec: ExpertSpec = PLAIN) -> bool:
+    """Return whether the backend of that name runs the spec on a CPU in that dtype and these widths."""
+    return BACKENDS[name].refusal(device=torch.device("cpu"), dtype=dtype, widths=widths, spec=spec) is None
+
+
+def leaves_of(case: Case, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Return what a gradient flows to, as leaves that want one: x, weight, gate_up, down, and the biases present.
+
+    Where `dtype` asks for no cast they share the memory of the case.
+    """
+    tensors = (getattr(case, name) for name in LEAVES)
+    return [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors if t is not None]
+
+
+def _biases(case: Case, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return the leaves that are biases by the name of their argument."""
+    present = [name for name in LEAVES if getattr(case, name) is not None]
+    return {name: leaf for name, leaf in zip(present, leaves, strict=True) if "bias" in name}
+
+
+def _result(case: Case, y_TD: Tensor, gradients: Sequence[Tensor]) -> Result:
+    present = [name for name in LEAVES if getattr(case, name) is not None]
+    return Result(y_TD.detach(), **{f"d{name}": grad for name, grad in zip(present, gradients, strict=True)})
 
 
 def call(backend: ExpertsBackend, case: Case, leaves: Sequence[Tensor]) -> Tensor:
-    """Return y_TD of `backend` for the rows of `case`, with x, weight, gate_up and down from `leaves`."""
-    x_TD, weight_N, gate_up_E2FD, down_EDF = leaves
-    return backend(x_TD, case.token_N, case.expert_N, weight_N, gate_up_E2FD, down_EDF, fan_out=case.fan_out)
+    """Return y_TD of `backend` for the rows of `case`, with `leaves` in the place of its tensors, as leaves_of."""
+    x_TD, weight_N, gate_up_E2FD, down_EDF = leaves[:4]
+    options: dict[str, Any] = {"fan_out": case.fan_out, "spec": case.spec, **_biases(case, leaves)}
+    return backend(x_TD, case.token_N, case.expert_N, weight_N, gate_up_E2FD, down_EDF, **options)
 
 
 def run(backend: ExpertsBackend, case: Case) -> Result:
     """Return what `backend` makes of the case. Raises RuntimeError if an input gets no gradient at all."""
-    leaves = _leaves(case)
+    leaves = leaves_of(case)
     y_TD = call(backend, case, leaves)
-    return Result(y_TD.detach(), *torch.autograd.grad(y_TD, leaves, case.dy_TD))
+    return _result(case, y_TD, torch.autograd.grad(y_TD, leaves, case.dy_TD))
 
 
 def run_reference(case: Case) -> Result:
     """Return the truth for the numbers in the case: the reference in float64."""
-    leaves = _leaves(case, torch.float64)
-    x_TD, weight_N, *weights = leaves
-    y_TD = reference.experts(x_TD, case.token_N, case.expert_N, weight_N, *weights)
+    leaves = leaves_of(case, torch.float64)
+    x_TD, weight_N, *weights = leaves[:4]
+    biases = _biases(case, leaves)
+    y_TD = reference.experts(x_TD, case.token_N, case.expert_N, weight_N, *weights, spec=case.spec, **biases)
     if not y_TD.requires_grad:  # no row is in use, so y depends on nothing
-        return Result(y_TD, *(torch.zeros_like(leaf) for leaf in leaves))
-    return Result(y_TD.detach(), *torch.autograd.grad(y_TD, leaves, case.dy_TD.double(), materialize_grads=True))
+        return _result(case, y_TD, [torch.zeros_like(leaf) for leaf in leaves])
+    return _result(case, y_TD, torch.autograd.grad(y_TD, leaves, case.dy_TD.double(), materialize_grads=True))
 
 
-def run_mirrored(case: Case) -> Result:
+def run_mirrored(case: Case, *, rounds_da: bool = True) -> Result:
     """Return the result in float64, rounded to the dtype of x where a backend that keeps x and H stores it.
 
-    Those are H, A, Y and y going forward; W2^T dy, the weighted A, dH, each row's dx and the gradients going
-    back. What differs from this by more than a stray rounding is a mistake, however small.
+    Those are H and Y with their biases, A and y going forward; W2^T dy, the weighted A, dH, each row's dx and the
+    gradients going back; the gradient of the first bias sums dH as stored. What differs from this by more than a
+    stray rounding is a mistake, however small.
+
+    Args:
+        rounds_da: False for a backend that uses W2^T dy where it is computed and never stores it.
     """
 
     def stored(tensor: Tensor) -> Tensor:
         return tensor.to(case.x_TD.dtype).double()
 
-    used_N = case.expert_N < case.down_EDF.shape[0]
+    def sum_by(index_R: Tensor, value_R: Tensor, like: Tensor) -> Tensor:
+        return stored(torch.zeros_like(like).index_add(0, index_R, value_R))
+
+    x_TD, weight_N, gate_up_EHD, down_EDF, *_ = leaves = [leaf.detach() for leaf in leaves_of(case, torch.float64)]
+    biases = _biases(case, leaves)
+    is_in_out = case.spec.weights == "in_out"
+    if is_in_out:
+        gate_up_EHD, down_EDF = gate_up_EHD.mT, down_EDF.mT
+    b1_EH = biases.get("gate_up_bias_E2F", gate_up_EHD.new_zeros(gate_up_EHD.shape[:2]))
+    b2_ED = biases.get("down_bias_ED", down_EDF.new_zeros(down_EDF.shape[:2]))
+    used_N = case.expert_N < down_EDF.shape[0]
     token_R, expert_R = case.token_N[used_N], case.expert_N[used_N]
-    x_TD, weight_N, gate_up_E2FD, down_EDF = (leaf.detach() for leaf in _leaves(case, torch.float64))
     weight_R1, x_RD, dy_RD = weight_N[used_N, None], x_TD[token_R], case.dy_TD.double()[token_R]
-    h_R2F = stored(torch.einsum("rfd,rd->rf", gate_up_E2FD[expert_R], x_RD))
-    gate_RF, up_RF = h_R2F.chunk(2, dim=1)
-    sigmoid_RF = torch.sigmoid(gate_RF)
-    a_RF = gate_RF * sigmoid_RF * up_RF
-    y_RD = stored(torch.einsum("rdf,rf->rd", down_EDF[expert_R], stored(a_RF)))
-    da_RF = stored(torch.einsum("rdf,rd->rf", down_EDF[expert_R], dy_RD))
-    dsilu_RF = sigmoid_RF * (1 + gate_RF * (1 - sigmoid_RF))
-    dh_R2F = stored(weight_R1 * torch.cat((da_RF * up_RF * dsilu_RF, da_RF * gate_RF * sigmoid_RF), dim=1))
-    dx_RD = stored(torch.einsum("rf,rfd->rd", dh_R2F, gate_up_E2FD[expert_R]))
-    ddown_RDF = dy_RD[:, :, None] * stored(weight_R1 * a_RF)[:, None, :]
-    dgate_up_R2FD = dh_R2F[:, :, None] * x_RD[:, None, :]
+    h_RH = stored(torch.einsum("rhd,rd->rh", gate_up_EHD[expert_R], x_RD) + b1_EH[expert_R]).requires_grad_()
+    a_RF = reference.activation(h_RH, case.spec)
+    y_RD = stored(torch.einsum("rdf,rf->rd", down_EDF[expert_R], stored(a_RF.detach())) + b2_ED[expert_R])
+    da_RF = torch.einsum("rdf,rd->rf", down_EDF[expert_R], dy_RD)
+    da_RF = stored(da_RF) if rounds_da else da_RF
+    dh_RH = stored(torch.autograd.grad(a_RF, h_RH, weight_R1 * da_RF)[0])
+    a_RF = a_RF.detach()
+    dx_RD = stored(torch.einsum("rh,rhd->rd", dh_RH, gate_up_EHD[expert_R]))
+    dweight_R = (da_RF * a_RF).sum(1) + (dy_RD * b2_ED[expert_R]).sum(1)
+    dgate_up_EHD = sum_by(expert_R, dh_RH[:, :, None] * x_RD[:, None, :], gate_up_EHD)
+    ddown_EDF = sum_by(expert_R, dy_RD[:, :, None] * stored(weight_R1 * a_RF)[:, None, :], down_EDF)
     return Result(
-        stored(torch.zeros_like(x_TD).index_add(0, token_R, weight_R1 * y_RD)),
-        stored(torch.zeros_like(x_TD).index_add(0, token_R, dx_RD)),
-        torch.zeros_like(weight_N).masked_scatter(used_N, (da_RF * a_RF).sum(1)),
-        stored(torch.zeros_like(gate_up_E2FD).index_add(0, expert_R, dgate_up_R2FD)),
-        stored(torch.zeros_like(down_EDF).index_add(0, expert_R, ddown_RDF)),
+        sum_by(token_R, weight_R1 * y_RD, x_TD),
+        sum_by(token_R, dx_RD, x_TD),
+        torch.zeros_like(weight_N).masked_scatter(used_N, dweight_R),
+        dgate_up_EHD.mT if is_in_out else dgate_up_EHD,
+        ddown_EDF.mT if is_in_out else ddown_EDF,
+        sum_by(expert_R, dh_RH, b1_EH) if "gate_up_bias_E2F" in biases else None,
+        sum_by(expert_R, weight_R1 * dy_RD, b2_ED) if "down_bias_ED" in biases else None,
     )
 
 
@@ -202,23 +265,30 @@ def rms_ratio(actual: Tensor, expected: Tensor) -> float:
     return error / size
 
 
+def _pairs(actual: Result, expected: Result) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield what both results hold, by name. Raises AssertionError if only one of them has a bias's gradient."""
+    for field in fields(Result):
+        got, want = getattr(actual, field.name), getattr(expected, field.name)
+        assert (got is None) == (want is None), f"{field.name} is there in one result and not in the other"
+        if got is not None:
+            yield field.name, got, want
+
+
 def assert_close(actual: Result, expected: Result, *, tolerance: float) -> None:
     """Raise AssertionError unless y and every gradient are within `tolerance` of `expected` by RMS ratio.
 
     Shapes must match; a NaN never passes; what is expected to be zero throughout must be exactly that.
     """
-    for field in fields(Result):
-        got, want = getattr(actual, field.name), getattr(expected, field.name)
-        assert got.shape == want.shape, f"{field.name}: {tuple(got.shape)}, expected {tuple(want.shape)}"
+    for name, got, want in _pairs(actual, expected):
+        assert got.shape == want.shape, f"{name}: {tuple(got.shape)}, expected {tuple(want.shape)}"
         ratio = rms_ratio(got, want)
-        assert ratio <= tolerance, f"{field.name}: RMS ratio {ratio:.2e}, tolerance {tolerance:.0e}"
+        assert ratio <= tolerance, f"{name}: RMS ratio {ratio:.2e}, tolerance {tolerance:.0e}"
 
 
 def assert_same(actual: Result, expected: Result) -> None:
     """Raise AssertionError unless y and every gradient are equal to the bit."""
-    for field in fields(Result):
-        got, want = getattr(actual, field.name), getattr(expected, field.name)
-        assert torch.equal(got, want), f"{field.name} differs by RMS ratio {rms_ratio(got, want):.2e}"
+    for name, got, want in _pairs(actual, expected):
+        assert torch.equal(got, want), f"{name} differs by RMS ratio {rms_ratio(got, want):.2e}"
 
 
 def poison_unused(case: Case) -> Case:
@@ -247,7 +317,7 @@ def poisoned_memory() -> Iterator[None]:
 
 def saved_bytes(backend: ExpertsBackend, case: Case) -> int:
     """Return the bytes the forward pass keeps for the backward pass, beside the arguments of the call."""
-    leaves = _leaves(case)
+    leaves = leaves_of(case)
     known = {t.untyped_storage().data_ptr() for t in (*leaves, case.token_N, case.expert_N)}
     kept: dict[int, int] = {}
 

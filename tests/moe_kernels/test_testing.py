@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_kernels.backends import BACKENDS
+from moe_kernels.spec import ExpertSpec
 from moe_kernels.testing import (
     ROUTINGS,
     assert_close,
@@ -59,10 +60,52 @@ def test_unknown_routing_lists_the_known_ones() -> None:
         make_case("fair", T=1, D=1, F=1, E=1, K=1)
 
 
-def test_mirrored_result_without_rounding_is_the_reference() -> None:
+@pytest.mark.parametrize("rounds_da", [True, False])
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "relu2", "gpt_oss"])
+def test_mirrored_result_without_rounding_is_the_reference(activation, biases: bool, rounds_da: bool) -> None:
     # so that a mistake in the mirrored formulas cannot excuse the same mistake in a backend
-    case = make_case("some_unused", T=37, D=17, F=13, E=5, K=3, dtype=torch.float64)
-    assert_close(run_mirrored(case), run_reference(case), tolerance=1e-13)
+    for spec in (
+        ExpertSpec(activation=activation),
+        ExpertSpec(activation=activation, gate_up="interleaved", weights="in_out"),
+    ):
+        case = make_case("some_unused", T=19, D=17, F=13, E=5, K=3, dtype=torch.float64, spec=spec, biases=biases)
+        assert_close(run_mirrored(case, rounds_da=rounds_da), run_reference(case), tolerance=1e-13)
+
+
+def test_mirrored_result_rounds_the_gradient_of_the_activation_only_when_told() -> None:
+    case = make_case(T=19, D=17, F=13, E=5, K=3, dtype=torch.bfloat16)
+    rounded, kept = run_mirrored(case), run_mirrored(case, rounds_da=False)
+    assert torch.equal(rounded.y_TD, kept.y_TD)
+    assert 1e-4 < rms_ratio(kept.dweight_N, rounded.dweight_N) < 1e-2
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "relu2", "gpt_oss"])
+def test_layouts_of_a_case_hold_the_same_experts(activation) -> None:
+    sizes = {"T": 9, "D": 7, "F": 5, "E": 3, "K": 2, "biases": True}
+    plain = run_reference(make_case(**sizes, spec=ExpertSpec(activation=activation)))
+    for gate_up in ("concatenated", "interleaved"):
+        for weights in ("out_in", "in_out"):
+            spec = ExpertSpec(activation=activation, gate_up=gate_up, weights=weights)
+            result = run_reference(make_case(**sizes, spec=spec))
+            for name in ("y_TD", "dx_TD", "dweight_N", "ddown_bias_ED"):
+                assert rms_ratio(getattr(result, name), getattr(plain, name)) < 1e-14
+
+
+def test_some_of_what_gpt_oss_activates_lies_beyond_its_limits() -> None:
+    case = make_case(T=200, D=16, F=16, E=3, K=1, dtype=torch.float64, spec=ExpertSpec(activation="gpt_oss"))
+    h_NH = torch.einsum("nhd,nd->nh", case.gate_up_E2FD[case.expert_N], case.x_TD[case.token_N])
+    gate_NF, up_NF = h_NH.chunk(2, dim=1)
+    assert 0.02 < (gate_NF > 7).double().mean() < 0.1
+    assert 0.04 < (up_NF.abs() > 7).double().mean() < 0.2
+
+
+def test_comparison_sees_a_bias_that_has_no_gradient() -> None:
+    right = run_reference(make_case(T=8, D=6, F=4, E=3, K=2, biases=True))
+    assert_close(right, right, tolerance=0)
+    for compare in (lambda wrong: assert_close(wrong, right, tolerance=1), lambda wrong: assert_same(wrong, right)):
+        with pytest.raises(AssertionError, match="ddown_bias_ED is there in one result"):
+            compare(replace(right, ddown_bias_ED=None))
 
 
 def test_comparison_sees_one_wrong_row_a_nan_a_shape_and_what_should_be_zero() -> None:
@@ -88,12 +131,10 @@ def test_poison_is_seen_by_a_backend_that_multiplies_unused_rows_by_zero() -> No
         def refusal(self, **_: object) -> None:
             return None
 
-        def __call__(self, x_TD, token_N, expert_N, weight_N, gate_up_E2FD, down_EDF, *, fan_out):
+        def __call__(self, x_TD, token_N, expert_N, weight_N, gate_up_E2FD, down_EDF, **options):
             is_used_N = expert_N < down_EDF.shape[0]
             token_N, expert_N = token_N * is_used_N, expert_N * is_used_N
-            return BACKENDS["naive"](
-                x_TD, token_N, expert_N, weight_N * is_used_N, gate_up_E2FD, down_EDF, fan_out=fan_out
-            )
+            return BACKENDS["naive"](x_TD, token_N, expert_N, weight_N * is_used_N, gate_up_E2FD, down_EDF, **options)
 
     case = make_case("some_unused", T=8, D=6, F=4, E=3, K=2)
     assert_close(run(Careless(), case), run_reference(case), tolerance=1e-6)

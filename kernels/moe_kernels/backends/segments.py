@@ -1,8 +1,12 @@
 """The CPU default: one autograd.Function over the rows sorted by expert, dense products segment by segment.
 
 For the backward pass it keeps x and H (the products before the activation, N x 2F) and nothing else of that
-size. The gradient of a row's weight is <dy_t, Y_n> = <W2^T dy_t, A_n>, so the experts' outputs Y need not be
-kept, and A = silu(gate) * up is computed again from H. The dataflow is SonicMoE's (Dao-AILab/sonic-moe).
+size; with saved="X" it keeps x alone and computes H again. The gradient of a row's weight is
+<dy_t, Y_n> = <W2^T dy_t, A_n> + <dy_t, b2>, so the experts' outputs Y need not be kept, and A is computed again
+from H. The dataflow is SonicMoE's (Dao-AILab/sonic-moe).
+
+Letters as in moe_kernels.activation, and: n rows of one segment, p the same rows padded, P of the longest one, R rows
+in use.
 """
 
 from itertools import pairwise
@@ -12,14 +16,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_kernels.backends import BACKENDS
+from moe_kernels.activation import activate, activate_backward, join_halves
+from moe_kernels.backends import BACKENDS, PLAIN
 from moe_kernels.grouping import group_rows
+from moe_kernels.shapes import check_shapes
+from moe_kernels.spec import ExpertSpec
 
 
 class SegmentsBackend:
     """Sorts the rows by expert and runs each expert's segment with dense products. CPU only."""
 
-    def refusal(self, *, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...] = ()) -> str | None:
+    def refusal(
+        self, *, device: torch.device, dtype: torch.dtype, widths: tuple[int, ...] = (), spec: ExpertSpec = PLAIN
+    ) -> str | None:
         if device.type != "cpu":
             return "it reads the segment bounds on the host and is written for CPUs; use 'auto' or 'naive'"
         return None
@@ -34,13 +43,17 @@ class SegmentsBackend:
         down_EDF: Tensor,
         *,
         fan_out: int | None,
+        spec: ExpertSpec = PLAIN,
+        gate_up_bias_E2F: Tensor | None = None,
+        down_bias_ED: Tensor | None = None,
     ) -> Tensor:
-        grouping = group_rows(expert_N, gate_up_E2FD.shape[0])
+        E, _, _ = check_shapes(x_TD, gate_up_E2FD, down_EDF, spec, gate_up_bias_E2F, down_bias_ED)
+        grouping = group_rows(expert_N, E)
         bounds = grouping.offsets_E1.tolist()
         row_R = grouping.order_N[: bounds[-1]]
-        inputs = (x_TD, weight_N, gate_up_E2FD, down_EDF)
-        is_training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-        return _Segments.apply(*inputs, token_N[row_R], row_R, bounds, is_training)
+        inputs = (x_TD, weight_N, gate_up_E2FD, down_EDF, gate_up_bias_E2F, down_bias_ED)
+        is_training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+        return _Segments.apply(*inputs, token_N[row_R], row_R, bounds, spec, is_training)
 
 
 BACKENDS.register("segments")(SegmentsBackend())
@@ -93,9 +106,22 @@ def _gather(rows_TD: Tensor, token_n: Tensor, out_PD: Tensor) -> Tensor:
     return out_PD
 
 
-def _gate_up(h_n2F: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    gate_nF, up_nF = h_n2F.to(dtype).chunk(2, dim=1)
-    return gate_nF, up_nF
+def _out_in(weight_E: Tensor, spec: ExpertSpec) -> Tensor:
+    """Return a view of expert weights or of their gradient as [E, outputs, inputs]."""
+    return weight_E if spec.weights == "out_in" else weight_E.mT
+
+
+def _product(in_pI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, expert: int, out_pO: Tensor) -> Tensor:
+    """Write the product of one expert's weight, plus its bias, to out_pO, rounded once, and return out_pO."""
+    if bias_EO is None:
+        return torch.mm(in_pI, weight_EOI[expert].mT, out=out_pO)
+    return torch.addmm(bias_EO[expert], in_pI, weight_EOI[expert].mT, out=out_pO)
+
+
+def _weight_gradient(dout_pO: Tensor, in_pI: Tensor, gradient_E: Tensor, expert: int, spec: ExpertSpec) -> None:
+    """Write the gradient of one expert's weight, [outputs, inputs] or the other way round, as the weight lies."""
+    left_pA, right_pB = (dout_pO, in_pI) if spec.weights == "out_in" else (in_pI, dout_pO)
+    torch.mm(left_pA.mT, right_pB, out=gradient_E[expert])
 
 
 def _new_gradient(weight_E: Tensor, bounds: list[int]) -> Tensor:
@@ -121,34 +147,40 @@ class _Segments(torch.autograd.Function):
         weight_N: Tensor,
         gate_up_E2FD: Tensor,
         down_EDF: Tensor,
+        gate_up_bias_E2F: Tensor | None,
+        down_bias_ED: Tensor | None,
         token_R: Tensor,
         row_R: Tensor,
         bounds: list[int],
+        spec: ExpertSpec,
         is_training: bool,
     ) -> Tensor:
         segments = _cut(bounds, x_TD.dtype)
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         weight_R1 = weight_N[row_R].unsqueeze(1)
+        first_EHD, second_EDF = _out_in(gate_up_E2FD, spec), _out_in(down_EDF, spec)
         longest = max((segment.padded for segment in segments), default=0)
         x_PD, y_PD = x_TD.new_empty(longest, x_TD.shape[1]), x_TD.new_empty(longest, x_TD.shape[1])
-        a_PF = x_TD.new_empty(longest, down_EDF.shape[2])
+        a_PF = x_TD.new_empty(longest, second_EDF.shape[2])
         # A padded product runs past the end of its segment, and the next segment writes over that: H holds
         # R rows and a short tail, without gaps. Where nobody needs H, all segments share its first rows.
+        keeps_h = is_training and spec.saved == "H"
         h_end = max((segment.start + segment.padded for segment in segments), default=0)
-        h_R2F = x_TD.new_empty(h_end if is_training else longest, gate_up_E2FD.shape[1])
+        h_RH = x_TD.new_empty(h_end if keeps_h else longest, first_EHD.shape[1])
         y_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
         for expert, start, stop, padded in segments:
-            h_start = start if is_training else 0
-            h_p2F = h_R2F[h_start : h_start + padded]
-            torch.mm(_gather(x_TD, token_R[start:stop], x_PD[:padded]), gate_up_E2FD[expert].mT, out=h_p2F)
-            gate_pF, up_pF = _gate_up(h_p2F, wide)
-            a_PF[:padded] = gate_pF * torch.sigmoid(gate_pF) * up_pF
-            torch.mm(a_PF[:padded], down_EDF[expert].mT, out=y_PD[:padded])
+            h_start = start if keeps_h else 0
+            h_pH = h_RH[h_start : h_start + padded]
+            x_pD = _gather(x_TD, token_R[start:stop], x_PD[:padded])
+            _product(x_pD, first_EHD, gate_up_bias_E2F, expert, h_pH)
+            a_PF[:padded] = activate(join_halves(h_pH, spec).to(wide), spec)
+            _product(a_PF[:padded], second_EDF, down_bias_ED, expert, y_PD[:padded])
             # the same order on every run: experts ascending, and within a segment CPU torch adds in row order
             y_TD.index_add_(0, token_R[start:stop], y_PD[: stop - start] * weight_R1[start:stop])
         if is_training:
-            ctx.save_for_backward(x_TD, weight_N, gate_up_E2FD, down_EDF, h_R2F, token_R, row_R)
-            ctx.bounds = bounds
+            inputs = (x_TD, weight_N, gate_up_E2FD, down_EDF, gate_up_bias_E2F, down_bias_ED)
+            ctx.save_for_backward(*inputs, h_RH if keeps_h else None, token_R, row_R)
+            ctx.bounds, ctx.spec = bounds, spec
         return y_TD.to(x_TD.dtype)
 
     @staticmethod
@@ -156,43 +188,57 @@ class _Segments(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dy_TD: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x_TD, weight_N, gate_up_E2FD, down_EDF, h_R2F, token_R, row_R = ctx.saved_tensors
-        needs_x, _, needs_gate_up, needs_down = ctx.needs_input_grad[:4]
-        segments = _cut(ctx.bounds, x_TD.dtype)
+        x_TD, weight_N, gate_up_E2FD, down_EDF, gate_up_bias_E2F, down_bias_ED, h_RH, token_R, row_R = ctx.saved_tensors
+        spec, bounds = ctx.spec, ctx.bounds
+        segments = _cut(bounds, x_TD.dtype)
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         weight_R1 = weight_N[row_R].unsqueeze(1)
+        first_EHD, second_EDF = _out_in(gate_up_E2FD, spec), _out_in(down_EDF, spec)
         longest = max((segment.padded for segment in segments), default=0)
-        D, F = down_EDF.shape[1:]
+        D, F = second_EDF.shape[1:]
         x_PD, dy_PD = x_TD.new_empty(longest, D), x_TD.new_empty(longest, D)
-        a_PF, da_PF, dh_P2F = (x_TD.new_empty(longest, width) for width in (F, F, 2 * F))
+        a_PF, da_PF = x_TD.new_empty(longest, F), x_TD.new_empty(longest, F)
+        h_PH, dh_PH = (x_TD.new_empty(longest, spec.halves * F) for _ in range(2))
+        needs_x, _, *needs_parameters = ctx.needs_input_grad[:6]
+        parameters = (gate_up_E2FD, down_EDF, gate_up_bias_E2F, down_bias_ED)
         dx_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device) if needs_x else None
-        dgate_up_E2FD = _new_gradient(gate_up_E2FD, ctx.bounds) if needs_gate_up else None
-        ddown_EDF = _new_gradient(down_EDF, ctx.bounds) if needs_down else None
+        dparameters = [
+            _new_gradient(parameter_E, bounds) if needs else None
+            for parameter_E, needs in zip(parameters, needs_parameters, strict=True)
+        ]
+        dgate_up_E, ddown_E, dgate_up_bias_EH, ddown_bias_ED = dparameters
         dweight_N = torch.zeros_like(weight_N)
         for expert, start, stop, padded in segments:
             count, token_n, weight_n1 = stop - start, token_R[start:stop], weight_R1[start:stop]
+            if h_RH is None:
+                x_pD = _gather(x_TD, token_n, x_PD[:padded])
+                h_nH = _product(x_pD, first_EHD, gate_up_bias_E2F, expert, h_PH[:padded])[:count]
+            else:
+                h_nH = h_RH[start:stop]
             dy_pD = _gather(dy_TD, token_n, dy_PD[:padded])
             # W2^T dy, without the row's weight: what the weight's own gradient is made of
-            da_nF = torch.mm(dy_pD, down_EDF[expert], out=da_PF[:padded])[:count].to(wide)
-            gate_nF, up_nF = _gate_up(h_R2F[start:stop], wide)
-            sigmoid_nF = torch.sigmoid(gate_nF)
-            silu_nF = gate_nF * sigmoid_nF
-            a_nF = silu_nF * up_nF
-            dweight_N[row_R[start:stop]] = (da_nF * a_nF).sum(1).to(weight_N.dtype)
-            da_nF = da_nF * weight_n1
+            da_nF = torch.mm(dy_pD, second_EDF[expert], out=da_PF[:padded])[:count].to(wide)
+            h_nH = join_halves(h_nH, spec).to(wide)
+            a_nF, _ = activate_backward(da_nF * weight_n1, h_nH, spec, out_NH=dh_PH[:count])
+            dweight_n = (da_nF * a_nF).sum(1)
+            if down_bias_ED is not None:
+                dweight_n += dy_pD[:count].to(wide) @ down_bias_ED[expert].to(wide)
+            dweight_N[row_R[start:stop]] = dweight_n.to(weight_N.dtype)
             # rows past the segment must be zero, as the products below sum over the rows
             a_PF[:count] = a_nF * weight_n1
             a_PF[count:padded] = 0
-            dh_P2F[:count, :F] = da_nF * up_nF * (sigmoid_nF + silu_nF * (1 - sigmoid_nF))
-            dh_P2F[:count, F:] = da_nF * silu_nF
-            dh_P2F[count:padded] = 0
-            if ddown_EDF is not None:
-                torch.mm(dy_pD.mT, a_PF[:padded], out=ddown_EDF[expert])
-            if dgate_up_E2FD is not None:
-                x_pD = _gather(x_TD, token_n, x_PD[:padded])
-                torch.mm(dh_P2F[:padded].mT, x_pD, out=dgate_up_E2FD[expert])
+            dh_PH[count:padded] = 0
+            if ddown_E is not None:
+                _weight_gradient(dy_pD, a_PF[:padded], ddown_E, expert, spec)
+            if ddown_bias_ED is not None:
+                ddown_bias_ED[expert] = dy_pD[:count].to(wide).mT @ weight_n1.squeeze(1)
+            if dgate_up_bias_EH is not None:
+                dgate_up_bias_EH[expert] = dh_PH[:count].sum(0, dtype=wide)
+            if dgate_up_E is not None:
+                x_pD = x_PD[:padded] if h_RH is None else _gather(x_TD, token_n, x_PD[:padded])
+                _weight_gradient(dh_PH[:padded], x_pD, dgate_up_E, expert, spec)
             if dx_TD is not None:
-                dx_pD = torch.mm(dh_P2F[:padded], gate_up_E2FD[expert], out=x_PD[:padded])
+                dx_pD = torch.mm(dh_PH[:padded], first_EHD[expert], out=x_PD[:padded])
                 dx_TD.index_add_(0, token_n, dx_pD[:count].to(wide))
         dx_TD = None if dx_TD is None else dx_TD.to(x_TD.dtype)
-        return dx_TD, dweight_N, dgate_up_E2FD, ddown_EDF, None, None, None, None
+        return dx_TD, dweight_N, *dparameters, None, None, None, None, None

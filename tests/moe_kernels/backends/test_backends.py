@@ -18,18 +18,19 @@ from moe_kernels.testing import (
     assert_close,
     assert_same,
     call,
+    leaves_of,
     make_case,
     poison_unused,
     poisoned_memory,
     rms_ratio,
     run,
     run_reference,
+    runs_on_cpu,
 )
 
 # torch only warns when an out= buffer is too small and gets reallocated
 pytestmark = pytest.mark.filterwarnings("error")
 
-CPU = torch.device("cpu")
 # RMS ratio to the reference in float64: 20 times what rounding gives, far below one wrong row
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6}
 SHAPES = {  # T, D, F, E, K
@@ -44,13 +45,10 @@ SHAPES = {  # T, D, F, E, K
 }
 
 
-def runs_on_cpu(name: str, dtype: torch.dtype, widths: tuple[int, ...] = (8,)) -> bool:
-    return BACKENDS[name].refusal(device=CPU, dtype=dtype, widths=widths) is None
-
-
 FLOAT64 = [name for name in BACKENDS if runs_on_cpu(name, torch.float64)]
 FLOAT32 = [name for name in BACKENDS if runs_on_cpu(name, torch.float32)]
 BFLOAT16 = [name for name in BACKENDS if runs_on_cpu(name, torch.bfloat16)]
+TRAINED = [(name, torch.float32) for name in FLOAT32] + [(name, torch.bfloat16) for name in BFLOAT16]
 
 
 def case_of(routing: str, shape: str, dtype: torch.dtype) -> Case:
@@ -71,7 +69,7 @@ def test_the_registry_holds_the_backends_of_the_house() -> None:
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", BACKENDS)  # those that refuse too: it must be the call itself that does
 def test_output_and_every_gradient_equal_the_reference(name: str, dtype: torch.dtype, shape: str, routing: str) -> None:
     case = case_of(routing, shape, dtype)
     if not runs_on_cpu(name, dtype, tuple(case.down_EDF.shape[1:])):
@@ -96,10 +94,10 @@ def test_any_list_of_pairs_equals_the_reference(pairs: list[tuple[int, int]], se
 
 
 @pytest.mark.parametrize("routing", ["random", "ragged", "some_unused", "repeated"])
-@pytest.mark.parametrize("name", FLOAT64)
+@pytest.mark.parametrize("name", ["naive", "segments"])  # hundreds of calls: nothing for an interpreted kernel
 def test_gradients_equal_finite_differences(name: str, routing: str) -> None:
     case = make_case(routing, T=5, D=4, F=3, E=3, K=2, dtype=torch.float64)
-    leaves = [t.requires_grad_() for t in (case.x_TD, case.weight_N, case.gate_up_E2FD, case.down_EDF)]
+    leaves = leaves_of(case)
     assert torch.autograd.gradcheck(lambda *leaves: call(BACKENDS[name], case, leaves), leaves)
 
 
@@ -110,9 +108,9 @@ def test_bfloat16_is_as_exact_as_the_plain_loop(name: str, routing: str) -> None
     case = make_case(routing, T=130, D=40, F=24, E=3, K=2, dtype=torch.bfloat16)
     exact, result, plain = run_reference(case), run(BACKENDS[name], case), run(BACKENDS["naive"], case)
     assert_close(result, exact, tolerance=1e-2)
-    for field in fields(Result):
-        got, loop, want = (getattr(r, field.name) for r in (result, plain, exact))
-        assert rms_ratio(got, want) <= 1.2 * rms_ratio(loop, want) + 1e-6, field.name
+    for name in [field.name for field in fields(Result) if getattr(exact, field.name) is not None]:
+        got, loop, want = (getattr(r, name) for r in (result, plain, exact))
+        assert rms_ratio(got, want) <= 1.2 * rms_ratio(loop, want) + 1e-6, name
     assert result.y_TD.dtype == torch.bfloat16
     assert result.dweight_N.dtype == torch.float32
 
@@ -163,8 +161,7 @@ def test_doubling_the_weights_doubles_the_output_exactly(name: str) -> None:
     assert torch.equal(doubled.dweight_N, plain.dweight_N)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("name", "dtype"), TRAINED)
 def test_empty_expert_gets_zero_gradient(name: str, dtype: torch.dtype) -> None:
     case = make_case("half_empty", T=40, D=16, F=8, E=5, K=2, dtype=dtype)
     with poisoned_memory():
@@ -174,9 +171,8 @@ def test_empty_expert_gets_zero_gradient(name: str, dtype: torch.dtype) -> None:
         assert gradient_E[[0, 2, 4]].count_nonzero() > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("routing", ["some_unused", "all_unused"])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("name", "dtype"), TRAINED)
 def test_unused_rows_and_fresh_memory_never_matter(name: str, routing: str, dtype: torch.dtype) -> None:
     case = make_case(routing, T=40, D=16, F=8, E=5, K=2, dtype=dtype)
     plain = run(BACKENDS[name], case)
@@ -186,9 +182,8 @@ def test_unused_rows_and_fresh_memory_never_matter(name: str, routing: str, dtyp
     assert poisoned.dweight_N[case.expert_N == 5].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("where", ["x_TD", "dy_TD"])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("name", "dtype"), TRAINED)
 def test_nan_of_one_token_reaches_only_what_depends_on_it(name: str, where: str, dtype: torch.dtype) -> None:
     case = make_case("some_unused", T=40, D=16, F=8, E=7, K=2, dtype=dtype)
     clean = run(BACKENDS[name], case)
@@ -208,21 +203,21 @@ def test_nan_of_one_token_reaches_only_what_depends_on_it(name: str, where: str,
     assert result.dgate_up_E2FD[3].isnan().any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("name", "dtype"), TRAINED)
 def test_nothing_given_is_written_to_and_a_second_backward_pass_agrees(name: str, dtype: torch.dtype) -> None:
-    case = make_case("some_unused", T=40, D=16, F=8, E=5, K=2, dtype=dtype)
-    before = {f.name: getattr(case, f.name).clone() for f in fields(Case) if f.name != "fan_out"}
-    leaves = [t.requires_grad_() for t in (case.x_TD, case.weight_N, case.gate_up_E2FD, case.down_EDF)]
+    case = make_case("some_unused", T=40, D=16, F=8, E=5, K=2, dtype=dtype, biases=True)
+    tensors = {field.name: getattr(case, field.name) for field in fields(Case)}
+    before = {name: tensor.clone() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    leaves = leaves_of(case)
     y_TD = call(BACKENDS[name], case, leaves)
     first = torch.autograd.grad(y_TD, leaves, case.dy_TD, retain_graph=True)
     second = torch.autograd.grad(y_TD, leaves, case.dy_TD)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert all(torch.equal(getattr(case, field), tensor) for field, tensor in before.items())
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("routing", ["random", "repeated", "ragged"])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", FLOAT32)
 def test_repeated_runs_are_equal_to_the_bit(name: str, routing: str) -> None:
     case = make_case(routing, T=200, D=32, F=16, E=4, K=3)
     threads = torch.get_num_threads()
@@ -235,7 +230,7 @@ def test_repeated_runs_are_equal_to_the_bit(name: str, routing: str) -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", FLOAT32)
 def test_strided_inputs_and_gradients_are_taken(name: str) -> None:
     case = make_case(T=20, D=16, F=8, E=5, K=2)
     x_T2D = torch.randn(21, 32)
@@ -253,7 +248,7 @@ def test_strided_inputs_and_gradients_are_taken(name: str) -> None:
     assert_close(run(BACKENDS[name], strided), run_reference(plain), tolerance=TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", FLOAT32)
 def test_gradient_of_one_input_does_not_need_the_others(name: str) -> None:
     case = make_case(T=20, D=16, F=8, E=5, K=2)
     all_grads = run(BACKENDS[name], case)
@@ -266,23 +261,22 @@ def test_gradient_of_one_input_does_not_need_the_others(name: str) -> None:
         assert torch.equal(alone, gradient)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("name", "dtype"), TRAINED)
 def test_inference_gives_the_same_output_and_no_graph(name: str, dtype: torch.dtype) -> None:
     case = make_case(T=40, D=16, F=8, E=5, K=2, dtype=dtype)
     trained = run(BACKENDS[name], case)
-    leaves = [t.requires_grad_() for t in (case.x_TD, case.weight_N, case.gate_up_E2FD, case.down_EDF)]
+    leaves = leaves_of(case)
     with torch.no_grad():
         y_TD = call(BACKENDS[name], case, leaves)
     assert y_TD.grad_fn is None
     assert torch.equal(y_TD, trained.y_TD)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", FLOAT32)
 def test_recomputation_in_the_backward_pass_gives_the_same_gradients(name: str) -> None:
     case = make_case("some_unused", T=40, D=16, F=8, E=5, K=2)
     plain = run(BACKENDS[name], case)
-    leaves = [t.requires_grad_() for t in (case.x_TD, case.weight_N, case.gate_up_E2FD, case.down_EDF)]
+    leaves = leaves_of(case)
 
     def layer(*leaves: Tensor) -> Tensor:
         return call(BACKENDS[name], case, leaves)

@@ -1,11 +1,14 @@
 """What segments promises beyond the contract: what it keeps, where it rounds, how it pads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from moe_kernels.backends import BACKENDS
 from moe_kernels.backends.segments import padded_rows
-from moe_kernels.testing import ROUTINGS, assert_close, make_case, run, run_mirrored, saved_bytes
+from moe_kernels.spec import ExpertSpec
+from moe_kernels.testing import ROUTINGS, assert_close, assert_same, make_case, run, run_mirrored, saved_bytes
 
 # torch only warns when an out= buffer is too small and gets reallocated
 pytestmark = pytest.mark.filterwarnings("error")
@@ -28,6 +31,26 @@ def test_padding_adds_at_most_one_segment_tail_to_what_is_kept() -> None:
     assert exact <= saved_bytes(SEGMENTS, case) <= exact + 32 * 2 * 16 * 2
 
 
+@pytest.mark.parametrize("biases", [False, True])
+def test_keeps_no_h_if_it_is_to_be_computed_again(biases: bool) -> None:
+    case = make_case(T=50, D=24, F=16, E=6, K=3, spec=ExpertSpec(saved="X"), biases=biases)
+    assert saved_bytes(SEGMENTS, case) == 150 * 8 + 150 * 8
+
+
+def test_biases_and_squared_relu_cost_no_memory() -> None:
+    case = make_case(T=50, D=24, F=16, E=6, K=3, spec=ExpertSpec(activation="relu2"), biases=True)
+    assert saved_bytes(SEGMENTS, case) == 150 * 16 * 4 + 150 * 8 + 150 * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_h_computed_again_is_equal_to_the_bit(dtype: torch.dtype) -> None:
+    for activation, biases in (("swiglu", False), ("gpt_oss", True)):
+        spec = ExpertSpec(activation=activation)
+        case = make_case(T=130, D=40, F=24, E=3, K=2, dtype=dtype, spec=spec, biases=biases)
+        again = replace(case, spec=replace(spec, saved="X"))
+        assert_same(run(SEGMENTS, again), run(SEGMENTS, case))
+
+
 def test_keeps_less_than_the_plain_loop() -> None:
     case = make_case(T=500, D=64, F=32, E=6, K=3)
     assert saved_bytes(SEGMENTS, case) < 0.35 * saved_bytes(BACKENDS["naive"], case)
@@ -39,6 +62,15 @@ def test_bfloat16_rounds_where_it_stores_and_nowhere_else(T: int, D: int, F: int
     # the same roundings done in float64 arithmetic: what is left are sums that fell on the other side of a tie
     case = make_case(routing, T=T, D=D, F=F, E=E, K=K, dtype=torch.bfloat16)
     assert_close(run(SEGMENTS, case), run_mirrored(case), tolerance=1e-3)
+
+
+@pytest.mark.parametrize("saved", ["H", "X"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "relu2", "gpt_oss"])
+def test_bfloat16_rounds_where_it_stores_in_every_form_of_expert(activation, saved) -> None:
+    for gate_up, weights in (("concatenated", "out_in"), ("interleaved", "in_out")):
+        spec = ExpertSpec(activation=activation, gate_up=gate_up, weights=weights, saved=saved)
+        case = make_case("some_unused", T=130, D=40, F=24, E=3, K=2, dtype=torch.bfloat16, spec=spec, biases=True)
+        assert_close(run(SEGMENTS, case), run_mirrored(case), tolerance=1e-3)
 
 
 def test_float32_and_float64_segments_are_not_padded() -> None:
