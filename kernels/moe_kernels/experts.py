@@ -25,7 +25,7 @@ from moe_kernels.experts_up import up
 from moe_kernels.grouped_gemm import Weights, grouped_matmul, grouped_matmul_bwd_weight, segment_sum
 from moe_kernels.route import Schedule
 from moe_kernels.spec import PLAIN, ExpertSpec
-from moe_kernels.tiles import Tile, choose, table
+from moe_kernels.tiles import Tile, block_m_of, choose, table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +73,7 @@ def route_rows(
     if tiles is None:
         arch = launch.arch_of(expert_N.device)
         tiles = choose(arch=arch, itemsize=itemsize, num_rows=expert_N.numel(), num_experts=num_experts)
-    tensors = schedule_rows(token_N, expert_N, num_experts, table()[tiles].block_m)
+    tensors = schedule_rows(token_N, expert_N, num_experts, block_m_of(tiles))
     rows = combine.rows_of_tokens(token_N, expert_N, num_tokens=num_tokens, num_experts=num_experts, fan_out=fan_out)
     return Routed(schedule=Schedule.of(tensors), rows=rows, tiles=tiles)
 

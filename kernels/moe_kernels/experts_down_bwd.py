@@ -12,36 +12,10 @@ from torch import Tensor
 
 from moe_kernels import launch
 from moe_kernels.grouped_gemm import Weights
-from moe_kernels.parts import activate, activate_backward, halve, tile_place
+from moe_kernels.parts import activate, activate_backward, split_columns, tile_place
 from moe_kernels.route import Schedule
 from moe_kernels.spec import ExpertSpec
 from moe_kernels.tiles import Tile
-
-
-@triton.jit
-def split_columns(acc, SUB_TILES: tl.constexpr):
-    """Return the columns of acc in 1, 2, 4 or 8 pieces, from left to right."""
-    if SUB_TILES == 1:
-        pieces = (acc,)
-    elif SUB_TILES == 2:
-        left, right = halve(acc)
-        pieces = (left, right)
-    elif SUB_TILES == 4:
-        left, right = halve(acc)
-        a, b = halve(left)
-        c, d = halve(right)
-        pieces = (a, b, c, d)
-    else:
-        tl.static_assert(SUB_TILES == 8)
-        left, right = halve(acc)
-        a, b = halve(left)
-        c, d = halve(right)
-        a0, a1 = halve(a)
-        b0, b1 = halve(b)
-        c0, c1 = halve(c)
-        d0, d1 = halve(d)
-        pieces = (a0, a1, b0, b1, c0, c1, d0, d1)
-    return pieces
 
 
 @triton.jit
@@ -97,7 +71,7 @@ def experts_bwd_down_kernel(
         stop = tl.load(offset_ptr + expert + 1)
         token = tl.load(token_ptr + tl.minimum(start + lane_m, stop - 1))
         dy_row_ptr = dy_ptr + token.to(tl.int64)[:, None] * stride_dy
-        column = tl.minimum(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), F - 1)
+        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         weight_row_ptr = weight_ptr + expert.to(tl.int64) * stride_expert + column.to(tl.int64)[None, :] * stride_n
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         for k in range(0, D, BLOCK_K):
@@ -109,11 +83,11 @@ def experts_bwd_down_kernel(
                 weight = weight_desc.load([expert, 0, tile_n * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K).T
             elif USE_TMA:
                 weight = weight_desc.load([expert, 0, k, tile_n * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
-            elif D % BLOCK_K == 0:
+            elif D % BLOCK_K == 0 and F % BLOCK_N == 0:
                 weight = tl.load(weight_row_ptr + (k + lane_k).to(tl.int64)[:, None] * stride_k)
             else:
                 place = weight_row_ptr + (k + lane_k).to(tl.int64)[:, None] * stride_k
-                weight = tl.load(place, mask=(lane_k < D - k)[:, None], other=0.0)
+                weight = tl.load(place, mask=(lane_k < D - k)[:, None] & (column < F)[None, :], other=0.0)
             acc = tl.dot(dy, weight, acc, input_precision=PRECISION, out_dtype=ACC)
         position = (start + lane_m).to(tl.int64)
         is_row = position < stop
@@ -130,7 +104,7 @@ def experts_bwd_down_kernel(
             up = gate
             if HALVES == 2:
                 up = tl.load(place + F, mask=mask, other=0.0).to(ACC)
-            a = activate(gate, up, ACTIVATION).to(weighted_ptr.dtype.element_ty).to(ACC)
+            a = activate(gate, up, ACTIVATION)
             part += tl.sum(tl.where(mask, pieces[i] * a, 0.0), axis=1)
             dgate, dup = activate_backward(pieces[i] * row_weight, gate, up, ACTIVATION)
             place = dhidden_ptr + position[:, None] * (HALVES * F) + column[None, :] * dh_stride_n

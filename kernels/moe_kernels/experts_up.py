@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_kernels import launch
 from moe_kernels.grouped_gemm import Weights
-from moe_kernels.parts import activate, halve, tile_place
+from moe_kernels.parts import activate, halve, split_columns, tile_place
 from moe_kernels.route import Schedule
 from moe_kernels.spec import ExpertSpec
 from moe_kernels.tiles import Tile
@@ -50,18 +50,20 @@ def load_up_weights(
     else:
         lane = tl.arange(0, HALVES * WIDTH)
         if IS_PAIRED:
-            half = lane % HALVES
-            n = column + lane // HALVES
+            # gate and up stand side by side: one run of columns, which loads 16 bytes at a time
+            output = HALVES * column + lane
+            is_output = output < HALVES * F
+            place = output.to(tl.int64) * stride_half
         else:
-            half = lane // WIDTH
             n = column + lane % WIDTH
+            is_output = n < F
+            place = (lane // WIDTH).to(tl.int64) * stride_half + n.to(tl.int64) * stride_n
         lane_k = k + tl.arange(0, BLOCK_K)
         ptr = weight_ptr + expert.to(tl.int64) * stride_expert + lane_k.to(tl.int64)[:, None] * stride_k
-        ptr += (half.to(tl.int64) * stride_half + tl.minimum(n, F - 1).to(tl.int64) * stride_n)[None, :]
-        if D % BLOCK_K == 0:
-            weight = tl.load(ptr)
+        if D % BLOCK_K == 0 and F % WIDTH == 0:
+            weight = tl.load(ptr + place[None, :])
         else:
-            weight = tl.load(ptr, mask=(lane_k < D)[:, None], other=0.0)
+            weight = tl.load(ptr + place[None, :], mask=(lane_k < D)[:, None] & is_output[None, :], other=0.0)
     return weight
 
 
@@ -106,6 +108,7 @@ def experts_fwd_up_kernel(
     IS_PAIRED: tl.constexpr,
     USE_TMA: tl.constexpr,
     FLATTEN: tl.constexpr,
+    SUB_TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -139,27 +142,38 @@ def experts_fwd_up_kernel(
                 F, D, HALVES, IS_K_INNER, IS_PAIRED, USE_TMA, WIDTH, BLOCK_K,
             )  # fmt: skip
             acc = tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=ACC)
-        gate, up = split_halves(acc, HALVES, IS_PAIRED)
-        column = tile_n * WIDTH + tl.arange(0, WIDTH)
-        if bias_ptr is not None:
-            bias_row_ptr = bias_ptr + expert.to(tl.int64) * HALVES * F + column * bias_stride_n
-            gate += tl.load(bias_row_ptr, mask=column < F, other=0.0).to(ACC)[None, :]
-            if HALVES == 2:
-                up += tl.load(bias_row_ptr + bias_stride_half, mask=column < F, other=0.0).to(ACC)[None, :]
-        # rounded first, and A made of what was stored: the backward pass finds the very same A again
-        gate = gate.to(activated_ptr.dtype.element_ty)
-        up = up.to(activated_ptr.dtype.element_ty)
+        if IS_PAIRED:
+            pieces = split_columns(acc, SUB_TILES)
+        else:
+            gate, up = split_halves(acc, HALVES, False)
+            gates = split_columns(gate, SUB_TILES)
+            ups = split_columns(up, SUB_TILES)
         row = (start + lane_m).to(tl.int64)
-        mask = (row < stop)[:, None] & (column < F)[None, :]
-        if STORE_HIDDEN:
-            place = hidden_ptr + row[:, None] * (HALVES * F) + column[None, :]
-            tl.store(place, gate, mask=mask)
-            if HALVES == 2:
-                tl.store(place + F, up, mask=mask)
-        if STORE_ACTIVATED:
-            a = activate(gate.to(ACC), up.to(ACC), ACTIVATION)
-            place = activated_ptr + row[:, None] * F + column[None, :]
-            tl.store(place, a.to(activated_ptr.dtype.element_ty), mask=mask)
+        for i in tl.static_range(SUB_TILES):
+            if IS_PAIRED:
+                gate, up = split_halves(pieces[i], HALVES, True)
+            else:
+                gate = gates[i]
+                up = ups[i]
+            column = tile_n * WIDTH + i * (WIDTH // SUB_TILES) + tl.arange(0, WIDTH // SUB_TILES)
+            if bias_ptr is not None:
+                bias_row_ptr = bias_ptr + expert.to(tl.int64) * HALVES * F + column * bias_stride_n
+                gate += tl.load(bias_row_ptr, mask=column < F, other=0.0).to(ACC)[None, :]
+                if HALVES == 2:
+                    up += tl.load(bias_row_ptr + bias_stride_half, mask=column < F, other=0.0).to(ACC)[None, :]
+            # rounded first, and A made of what was stored: the backward pass finds the very same A again
+            gate = gate.to(activated_ptr.dtype.element_ty)
+            up = up.to(activated_ptr.dtype.element_ty)
+            mask = (row < stop)[:, None] & (column < F)[None, :]
+            if STORE_HIDDEN:
+                place = hidden_ptr + row[:, None] * (HALVES * F) + column[None, :]
+                tl.store(place, gate, mask=mask)
+                if HALVES == 2:
+                    tl.store(place + F, up, mask=mask)
+            if STORE_ACTIVATED:
+                a = activate(gate.to(ACC), up.to(ACC), ACTIVATION)
+                place = activated_ptr + row[:, None] * F + column[None, :]
+                tl.store(place, a.to(activated_ptr.dtype.element_ty), mask=mask)
 
 
 def up(
@@ -203,6 +217,7 @@ def up(
         x_TD.stride(0), *weights.strides, *((1, 2) if spec.is_interleaved else (F, 1)),
         D=D, F=F, HALVES=halves, ACTIVATION=spec.activation, STORE_HIDDEN=keep_hidden, STORE_ACTIVATED=keep_activated,
         IS_K_INNER=weights.is_k_inner, IS_PAIRED=spec.is_paired, USE_TMA=weight_desc is not None, FLATTEN=tile.flatten,
+        SUB_TILES=tile.sub_tiles,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         **launch.formats(x_TD.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels import launch
-from moe_kernels.parts import halve, tile_place
+from moe_kernels.parts import split_columns, tile_place
 from moe_kernels.route import Schedule
 from moe_kernels.tiles import Tile
 
@@ -56,7 +56,7 @@ class Weights:
         return launch.describe(self.tensor, *pick)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_steps"])
 def grouped_matmul_fwd_kernel(
     a_ptr,
     a_desc,
@@ -69,6 +69,7 @@ def grouped_matmul_fwd_kernel(
     tile_expert_ptr,
     tile_start_ptr,
     num_tiles_ptr,
+    num_steps,
     stride_a,
     stride_expert,
     stride_half,
@@ -109,9 +110,10 @@ def grouped_matmul_fwd_kernel(
             row = tl.load(gather_ptr + row)
         a_row_ptr = a_ptr + row.to(tl.int64)[:, None] * stride_a
         weight_row_ptr = weight_ptr + expert.to(tl.int64) * stride_expert
-        weight_row_ptr += tl.minimum(column, N - 1).to(tl.int64)[None, :] * stride_n
+        weight_row_ptr += column.to(tl.int64)[None, :] * stride_n
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-        for step in range(0, HALVES * NUM_K):
+        # a bound the compiler does not know: it would unroll short loops, 24 times at F = 768
+        for step in range(0, num_steps):
             half = step // NUM_K
             k = step % NUM_K * BLOCK_K
             is_k = lane_k < K - k
@@ -127,23 +129,18 @@ def grouped_matmul_fwd_kernel(
                 b = weight_desc.load([expert, half, k, tile_n * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
             else:
                 b_ptr = weight_row_ptr + half.to(tl.int64) * stride_half + (k + lane_k).to(tl.int64)[:, None] * stride_k
-                if K % BLOCK_K == 0:
+                if K % BLOCK_K == 0 and N % BLOCK_N == 0:
                     b = tl.load(b_ptr)
                 else:
-                    b = tl.load(b_ptr, mask=is_k[:, None], other=0.0)
+                    b = tl.load(b_ptr, mask=is_k[:, None] & (column < N)[None, :], other=0.0)
             acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
-        if SUB_TILES == 2:
-            left, right = halve(acc)
-            parts = (left, right)
-        else:
-            tl.static_assert(SUB_TILES == 1)
-            parts = (acc,)
+        pieces = split_columns(acc, SUB_TILES)
         WIDTH: tl.constexpr = BLOCK_N // SUB_TILES
         is_row = start + lane_m < stop
         y_row_ptr = y_ptr + (start + lane_m).to(tl.int64)[:, None] * N
         for i in tl.static_range(SUB_TILES):
             column = tile_n * BLOCK_N + i * WIDTH + tl.arange(0, WIDTH)
-            y = parts[i]
+            y = pieces[i]
             if bias_ptr is not None:
                 bias = tl.load(bias_ptr + expert.to(tl.int64) * N + column, mask=column < N, other=0.0)
                 y += bias.to(ACC)[None, :]
@@ -181,7 +178,7 @@ def grouped_matmul(
     grouped_matmul_fwd_kernel[(launch.num_programs(a_RK.device, num_tiles, tile.per_sm),)](
         a_RK, a_desc, weights.tensor, weight_desc, bias_EN, y_RN, gather_N,
         schedule.offset_E1, schedule.tile_expert_M, schedule.tile_start_M, schedule.num_tiles_1,
-        a_RK.stride(0), *weights.strides,
+        halves * launch.cdiv(K, tile.block_k), a_RK.stride(0), *weights.strides,
         N=N, K=K, HALVES=halves, GATHER=gather_N is not None, IS_K_INNER=weights.is_k_inner,
         USE_TMA=use_tma, FLATTEN=tile.flatten, SUB_TILES=tile.sub_tiles,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,

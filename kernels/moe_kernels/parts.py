@@ -37,6 +37,32 @@ def halve(x):
 
 
 @triton.jit
+def split_columns(acc, SUB_TILES: tl.constexpr):
+    """Return the columns of acc in 1, 2, 4 or 8 pieces, from left to right."""
+    if SUB_TILES == 1:
+        pieces = (acc,)
+    elif SUB_TILES == 2:
+        left, right = halve(acc)
+        pieces = (left, right)
+    elif SUB_TILES == 4:
+        left, right = halve(acc)
+        a, b = halve(left)
+        c, d = halve(right)
+        pieces = (a, b, c, d)
+    else:
+        tl.static_assert(SUB_TILES == 8)
+        left, right = halve(acc)
+        a, b = halve(left)
+        c, d = halve(right)
+        a0, a1 = halve(a)
+        b0, b1 = halve(b)
+        c0, c1 = halve(c)
+        d0, d1 = halve(d)
+        pieces = (a0, a1, b0, b1, c0, c1, d0, d1)
+    return pieces
+
+
+@triton.jit
 def sigmoid(x):
     """Return 1 / (1 + exp(-x))."""
     return 1.0 / (1.0 + tl.exp2(x * -LOG2_E))

@@ -35,12 +35,16 @@ class Schedule:
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors in the order of the fields."""
-        return [getattr(self, field.name) for field in fields(self)]
+        return [getattr(self, name) for name in FIELDS]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "Schedule":
         """Return the Schedule of these tensors, in the order of the fields."""
-        return cls(**dict(zip((field.name for field in fields(cls)), tensors, strict=True)))
+        return cls(**dict(zip(FIELDS, tensors, strict=True)))
+
+
+# read once: torch.compile cannot trace dataclasses.fields of a class
+FIELDS = tuple(field.name for field in fields(Schedule))
 
 
 def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
@@ -138,7 +142,7 @@ def place_kernel(
 
 
 def schedule_rows(token_N: Tensor, expert_N: Tensor, num_experts: int, *, block_m: int) -> Schedule:
-    """Return the Schedule of rows (token, expert): int64 or int32; expert ids outside 0..E-1 mark unused rows."""
+    """Return the Schedule of rows (token, expert): contiguous, int64 or int32; ids outside 0..E-1 mark unused rows."""
     num_rows, device = expert_N.numel(), expert_N.device
 
     def empty(*shape: int) -> Tensor:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 TABLE = Path(__file__).parent / "tiles.json"
 KERNELS = ("up", "matmul", "down_bwd", "weight_bwd")
-SAFE = "safe"  # compiles for every GPU and dtype
+SAFE = ("safe_wide", "safe")  # they compile for every GPU; float32 and everything narrower
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +23,7 @@ class Tile:
 
     block_n counts columns of the product, gate and up columns alike; for weight_bwd, block_m and block_n are the
     sides of a tile of the weight and block_k the rows it takes at a time. sub_tiles: into how many pieces of its
-    columns the epilogue is cut (down_bwd: 1, 2, 4 or 8). per_sm: programs per multiprocessor.
+    columns the epilogue is cut: 1, 2, 4 or 8. per_sm: programs per multiprocessor.
     """
 
     block_m: int
@@ -75,8 +77,22 @@ def _entry(raw: dict[str, Any]) -> Entry:
     return entry
 
 
+# torch.compile looks through functools.cache and cannot read a file: it takes what these return as it is
+@torch.compiler.assume_constant_result
+def block_m_of(name: str) -> int:
+    """Return how many rows a row tile has in the entry of that name."""
+    return table()[name].block_m
+
+
+@torch.compiler.assume_constant_result
+def _loads(arch: str, itemsize: int) -> tuple[tuple[float, str], ...]:
+    """Return (max_mean_rows, name) of the entries for a device and an element size, in file order."""
+    entries = [e for e in table().values() if e.arch in (arch, "any") and e.itemsize in (0, itemsize)]
+    return tuple((entry.max_mean_rows, entry.name) for entry in entries)
+
+
 def choose(*, arch: str, itemsize: int, num_rows: int, num_experts: int) -> str:
-    """Return the name of the entry for a layer: the first that is made for this load, else the safe one.
+    """Return the name of the entry for a layer: the first for this arch, or for any, that is made for its load.
 
     Args:
         arch: "sm_90", "gfx942", ..., or "interpreter".
@@ -84,7 +100,17 @@ def choose(*, arch: str, itemsize: int, num_rows: int, num_experts: int) -> str:
         num_rows: rows there are at most; the mean over experts decides, as the loads are not known on the host.
     """
     mean_rows = num_rows / num_experts
-    for entry in table().values():
-        if entry.arch == arch and entry.itemsize in (0, itemsize) and mean_rows <= entry.max_mean_rows:
-            return entry.name
-    return SAFE
+    for max_mean_rows, name in _loads(arch, itemsize):
+        if mean_rows <= max_mean_rows:
+            return name
+    raise AssertionError("the last entry is for any layer")
+
+
+def dump(rows: list[dict[str, Any]]) -> str:
+    """Return rows of the table as the text of tiles.json: one line per kernel."""
+    blocks = []
+    for row in rows:
+        head = json.dumps({key: value for key, value in row.items() if key != "tiles"})[:-1]
+        tiles = ",\n".join(f'    "{kernel}": {json.dumps(tile)}' for kernel, tile in row["tiles"].items())
+        blocks.append(f'  {head}, "tiles": {{\n{tiles}}}}}')
+    return "[\n" + ",\n".join(blocks) + "\n]\n"

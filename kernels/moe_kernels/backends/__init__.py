@@ -3,6 +3,7 @@
 A new backend is one file here that registers an instance of its class; tests and benchmarks walk BACKENDS.
 """
 
+import logging
 from typing import Protocol
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 from moe_kernels.registry import Registry
 from moe_kernels.spec import PLAIN, ExpertSpec
 
-# What "auto" means, by device type. A choice by table, never by trying and falling back.
-AUTO = {"cpu": "segments", "cuda": "torch_grouped"}
+LOGGER = logging.getLogger(__name__)
+
+# What "auto" means, by device type: the first that does not refuse. Refusals are rules, nothing is tried out.
+AUTO = {"cpu": ("segments",), "cuda": ("triton", "torch_grouped", "naive")}
 
 
 class ExpertsBackend(Protocol):
@@ -77,7 +80,7 @@ BACKENDS: Registry[ExpertsBackend] = Registry("backend", package=__name__)
 def resolve_backend(
     name: str, device: torch.device, dtype: torch.dtype, *, widths: tuple[int, ...] = (), spec: ExpertSpec = PLAIN
 ) -> tuple[str, ExpertsBackend]:
-    """Return the name and the backend that `name` stands for ("auto" picks by device type, see AUTO).
+    """Return the name and the backend that `name` stands for; "auto" picks by AUTO, and logs what and why.
 
     Args:
         widths: the sizes D and F of the layer, if they are known.
@@ -86,15 +89,21 @@ def resolve_backend(
     Raises:
         ValueError: the name is unknown, or that backend cannot run this spec on this device, dtype or these widths.
     """
-    chosen = name
     if name == "auto":
         if device.type not in AUTO:
             raise ValueError(f"backend 'auto' knows {', '.join(AUTO)}, not {device.type!r}; name a backend instead")
-        chosen = AUTO[device.type]
-    if chosen not in BACKENDS:
+        candidates = AUTO[device.type]
+    elif name in BACKENDS:
+        candidates = (name,)
+    else:
         raise ValueError(f"backend {name!r} is unknown; known are auto, {', '.join(BACKENDS)}")
-    backend = BACKENDS[chosen]
-    reason = backend.refusal(device=device, dtype=dtype, widths=widths, spec=spec)
-    if reason is not None:
-        raise ValueError(f"backend {chosen!r} cannot run on {device.type} in {dtype}: {reason}")
-    return chosen, backend
+    refusals = {}
+    for candidate in candidates:
+        reason = BACKENDS[candidate].refusal(device=device, dtype=dtype, widths=widths, spec=spec)
+        if reason is None:
+            passed = "".join(f"; not {other}: {why}" for other, why in refusals.items())
+            LOGGER.info("backend %r on %s in %s is %s%s", name, device.type, dtype, candidate, passed)
+            return candidate, BACKENDS[candidate]
+        refusals[candidate] = reason
+    where = f"cannot run on {device.type} in {dtype}"
+    raise ValueError("; ".join(f"backend {other!r} {where}: {why}" for other, why in refusals.items()))

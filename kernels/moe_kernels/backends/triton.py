@@ -33,7 +33,8 @@ class TritonBackend:
         elif device.type == "cuda":
             if dtype not in DTYPES:
                 return f"it takes {', '.join(str(known) for known in DTYPES)} on a GPU; use backend 'naive'"
-            if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_GPU:
+            is_nvidia = torch.cuda.is_available() and torch.version.hip is None
+            if is_nvidia and torch.cuda.get_device_capability(device) < OLDEST_GPU:
                 return "it needs an NVIDIA GPU of compute capability 8.0 or later; use backend 'naive'"
         else:
             return f"it runs on CUDA devices, not on {device.type!r}; use backend 'naive'"

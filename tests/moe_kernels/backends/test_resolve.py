@@ -1,9 +1,11 @@
 """resolve_backend: what a name stands for, and how a wrong one is refused."""
 
+import logging
+
 import pytest
 import torch
 
-from moe_kernels.backends import BACKENDS, resolve_backend
+from moe_kernels.backends import AUTO, BACKENDS, resolve_backend
 
 CPU = torch.device("cpu")
 
@@ -13,8 +15,23 @@ def test_auto_is_segments_on_a_cpu_for_every_dtype() -> None:
         assert resolve_backend("auto", CPU, dtype) == ("segments", BACKENDS["segments"])
 
 
-def test_auto_is_torch_grouped_on_cuda() -> None:
-    assert resolve_backend("auto", torch.device("cuda"), torch.bfloat16)[0] == "torch_grouped"
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_auto_is_triton_on_cuda(dtype: torch.dtype) -> None:
+    assert resolve_backend("auto", torch.device("cuda"), dtype, widths=(17, 13))[0] == "triton"
+
+
+def test_auto_passes_on_and_logs_why(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="moe_kernels.backends"):
+        assert resolve_backend("auto", torch.device("cuda"), torch.float64)[0] == "naive"
+    (message,) = caplog.messages
+    assert "backend 'auto' on cuda in torch.float64 is naive; not triton: it takes" in message
+    assert "not torch_grouped: grouped_mm takes" in message
+
+
+def test_auto_names_every_refusal_where_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(AUTO, "cpu", ("triton", "megablocks"))
+    with pytest.raises(ValueError, match=r"'triton' cannot run on cpu .*; backend 'megablocks' cannot run on cpu"):
+        resolve_backend("auto", CPU, torch.float32)
 
 
 def test_auto_says_which_devices_it_knows() -> None:

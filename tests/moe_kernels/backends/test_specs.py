@@ -180,3 +180,27 @@ def test_resolve_hands_the_spec_to_the_backend(monkeypatch: pytest.MonkeyPatch) 
     assert resolve_backend("particular", device, torch.float32)[0] == "particular"
     with pytest.raises(ValueError, match="'particular' cannot run on cpu .*no relu2; use backend 'naive'"):
         resolve_backend("particular", device, torch.float32, spec=ExpertSpec(activation="relu2"))
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if runs_on_cpu(name, torch.float64)])
+def test_ranges_of_experts_and_of_tokens_sum_to_the_whole(name: str) -> None:
+    T, E, K = 9, 5, 2
+    case = make_case("some_unused", T=T, D=6, F=4, E=E, K=K, dtype=torch.float64)
+    whole = run(BACKENDS[name], case)
+    y_TD = torch.zeros_like(whole.y_TD)
+    for first, last in ((0, 2), (2, 5)):
+        for start, stop in ((0, 4), (4, 9)):
+            rows = slice(start * K, stop * K)
+            expert_N = case.expert_N[rows] - first
+            part = replace(
+                case,
+                x_TD=case.x_TD[start:stop],
+                token_N=case.token_N[rows] - start,
+                expert_N=expert_N.where((expert_N >= 0) & (expert_N < last - first), last - first),
+                weight_N=case.weight_N[rows],
+                gate_up_E2FD=case.gate_up_E2FD[first:last],
+                down_EDF=case.down_EDF[first:last],
+                dy_TD=case.dy_TD[start:stop],
+            )
+            y_TD[start:stop] += run(BACKENDS[name], part).y_TD
+    assert rms_ratio(y_TD, whole.y_TD) < 1e-14

@@ -1,0 +1,60 @@
+"""What the compiler makes of the kernels for GPUs that are not here: no spills, matrix instructions, wide loads, TMA.
+
+Compiling takes the better part of this file's time; it runs in processes of its own, since the interpreter and the
+compiler exclude each other within one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_kernels.tiles import SAFE, table
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+MATRIX_KERNELS = {"experts_fwd_up", "grouped_matmul_fwd", "experts_bwd_down", "grouped_matmul_bwd_weight"}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict]:
+    path = tmp_path_factory.mktemp("compiled") / "rows.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels", "benchmarks"))
+    command = [sys.executable, str(ROOT / "benchmarks/inspect_kernels.py"), "--json-path", str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert path.exists(), done.stdout + done.stderr
+    return json.loads(path.read_text())
+
+
+def test_no_kernel_breaks_a_rule(rows):
+    broken = [(row["arch"], row["entry"], row["kernel"], row["faults"]) for row in rows if row["faults"]]
+    assert not broken
+
+
+def test_every_kernel_of_every_entry_was_compiled(rows):
+    compiled = {(row["arch"], row["entry"], row["kernel"]) for row in rows}
+    for arch in ARCHS:
+        entries = [*SAFE, *(entry.name for entry in table().values() if entry.arch == arch)]
+        assert len(entries) >= 4
+        for entry in entries:
+            assert {(arch, entry, kernel) for kernel in MATRIX_KERNELS} <= compiled
+
+
+def test_both_kinds_of_rows_are_gathered_by_wide_loads_and_weights_come_by_tma(rows):
+    tuned = [row for row in rows if row["entry"].startswith(("sm_90", "sm_100"))]
+    assert tuned
+    for row in tuned:
+        gathers = row["kernel"] in ("experts_fwd_up", "experts_bwd_down", "grouped_matmul_bwd_weight")
+        assert not gathers or row["global_loads"].get("128"), row
+        assert not row["kernel"].endswith(("_up", "matmul_fwd", "bwd_down")) or row["global_loads"].get("tma"), row
+
+
+def test_small_kernels_of_routing_and_sums_do_not_spill(rows):
+    small = [row for row in rows if row["kernel"] not in MATRIX_KERNELS]
+    expected = {"topk_fwd", "count", "scan", "place", "combine_fwd", "weight_gradient", "segment_sum", "row_dot"}
+    assert expected <= {row["kernel"] for row in small}
+    assert not any(row["spill_instructions"] for row in small)
