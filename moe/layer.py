@@ -54,6 +54,9 @@ class MoELayer(nn.Module):
             y_TD = checkpoint(self._run, x_TD, plan, pool, use_reentrant=False, preserve_rng_state=False)
         else:
             y_TD = self._run(x_TD, plan, pool)
+        if routing.identity_weight_T is not None:
+            # experts that compute nothing give back their input; it never leaves its rank
+            y_TD = y_TD + (routing.identity_weight_T.unsqueeze(1) * x_TD).to(y_TD.dtype)
         return y_TD.reshape(x_BSD.shape), [routing]
 
     def _run(self, x_TD: Tensor, plan: Plan, pool: Experts) -> Tensor:

@@ -233,7 +233,7 @@ class Model(nn.Module):
             cache: keys and values of earlier tokens; the new ones are appended.
             context: what routers may know, its tensors flattened to [B*S]; valid_BS fills its valid_T.
         """
-        context = context if context is not None else RouterContext()
+        context = replace(context if context is not None else RouterContext(), token_T=token_BS.reshape(-1))
         if valid_BS is not None:
             context = replace(context, valid_T=valid_BS.reshape(-1))
         if position_BS is None:

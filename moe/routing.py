@@ -29,6 +29,7 @@ class Routing:
     valid_T: Tensor | None = None  # bool, False on padding: not dispatched, not counted
     active_E: Tensor | None = None  # bool, experts open at this step (pool growth); None means all
     identity_weight_T: Tensor | None = None  # weight of the token itself (zero-computation experts)
+    loss_sum: Tensor | None = None  # scalar with gradient: the router's own loss, summed over valid tokens, weighted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,3 +46,4 @@ class RouterContext:
     round: int = 0  # chain of experts
     valid_T: Tensor | None = None  # bool
     position_T: Tensor | None = None  # int64
+    token_T: Tensor | None = None  # int64, the id of each token in the vocabulary

@@ -38,12 +38,14 @@ class BalanceConfig:
     local_coefficient: float = 0.0
     """Of a second term over this rank's micro-batch; the paper takes 1 % of `coefficient`, against stragglers."""
     z_coefficient: float = 0.0
+    entropy_coefficient: float = 0.0
+    """Of the mean entropy of a token's router probabilities, in nats; 1e-4 with dynamic confidence (2403.07652)."""
     smoothing: float = 0.0
     """Scope lagged: share of the older steps in the counts; 0 takes the last step alone."""
 
     def validate(self) -> None:
         """Raise ValueError for a value out of range or a combination that contradicts itself."""
-        for name in ("coefficient", "local_coefficient", "z_coefficient"):
+        for name in ("coefficient", "local_coefficient", "z_coefficient", "entropy_coefficient"):
             if getattr(self, name) < 0:
                 raise ValueError(f"balance.{name} = {getattr(self, name)} must not be negative")
         if self.local_coefficient and self.scope in ("sequence", "exact", "lagged"):

@@ -19,7 +19,8 @@ class RouterStatistics:
     tokens_per_expert_BLE: Tensor  # int64, no gradient
     prob_sum_BLE: Tensor  # float32; the gradient of the load-balancing loss flows through it
     z_sum_L: Tensor  # float32, sum of logsumexp(logits)^2, with gradient
-    entropy_sum_L: Tensor  # float32, sum of the entropy of probs in nats, no gradient
+    entropy_sum_L: Tensor  # float32, sum of the entropy of probs in nats, with gradient
+    router_loss_sum_L: Tensor  # float32, sum of the routers' own losses, already weighted, with gradient
     num_tokens: Tensor  # int64 scalar
 
     @property
@@ -41,23 +42,25 @@ def collect(routings: list[Routing], *, num_sequences: int = 1) -> RouterStatist
     if not routings:
         raise ValueError("a model without MoE layers returns no routing to collect statistics from")
     rows = [_one(routing, num_sequences) for routing in routings]
-    counts, prob_sums, z_sums, entropies, num_tokens = (list(column) for column in zip(*rows, strict=True))
+    counts, prob_sums, z_sums, entropies, router_losses, num_tokens = (list(c) for c in zip(*rows, strict=True))
     return RouterStatistics(
         tokens_per_expert_BLE=torch.stack(counts, dim=1),
         prob_sum_BLE=torch.stack(prob_sums, dim=1),
         z_sum_L=torch.stack(z_sums),
         entropy_sum_L=torch.stack(entropies),
+        router_loss_sum_L=torch.stack(router_losses),
         num_tokens=num_tokens[0],
     )
 
 
-def _one(routing: Routing, num_sequences: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _one(routing: Routing, num_sequences: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     E = routing.assignment.num_experts
     probs_TE, logits_TE = routing.probs_TE, routing.logits_TE
     T = probs_TE.shape[0]
     z_T = torch.logsumexp(logits_TE, dim=-1).square()
-    with torch.no_grad():
-        entropy_T = torch.special.entr(probs_TE).sum(-1)
+    # held above zero: at 0 the derivative is infinite, and infinity times a softmax's 0 is nan
+    entropy_T = torch.special.entr(probs_TE.clamp_min(torch.finfo(probs_TE.dtype).tiny)).sum(-1)
+    router_loss = z_T.new_zeros(()) if routing.loss_sum is None else routing.loss_sum
     if routing.valid_T is None:
         num_tokens = torch.tensor(T, device=probs_TE.device)
     else:
@@ -72,4 +75,4 @@ def _one(routing: Routing, num_sequences: int) -> tuple[Tensor, Tensor, Tensor, 
     bin_N = sequence_N * (E + 1) + routing.assignment.expert_N
     counts_BE = torch.bincount(bin_N, minlength=B * (E + 1)).view(B, E + 1)[:, :E]
     prob_sum_BE = probs_TE.reshape(B, T // B, probs_TE.shape[1]).sum(1)
-    return counts_BE, prob_sum_BE, z_T.sum(), entropy_T.sum(), num_tokens
+    return counts_BE, prob_sum_BE, z_T.sum(), entropy_T.sum(), router_loss, num_tokens

@@ -24,8 +24,13 @@ class Router(nn.Module):
         """Return the routing of T tokens. Everything up to the weights is computed in float32."""
         raise NotImplementedError
 
-    def end_step(self, tokens_per_expert_E: Tensor, context: RouterContext) -> None:
-        """Learn from the step's global counts (int64), once per optimizer step: selection bias, opening of a pool."""
+    def end_step(self, tokens_per_expert_E: Tensor, context: RouterContext, *, num_tokens: int) -> None:
+        """Learn from the step's global counts, once per optimizer step: selection bias, thresholds, opening of a pool.
+
+        Args:
+            tokens_per_expert_E: int64, over the whole global batch.
+            num_tokens: valid tokens of the global batch.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,7 @@ class RouterConfig:
 
     __pydantic_config__ = {"extra": "forbid"}
     kind: ClassVar[str]
+    is_causal: ClassVar[bool] = True  # the choice for a token looks at no later one
 
     def validate(self, *, num_experts: int, num_experts_per_tok: int) -> None:
         """Raise ValueError with the value, the limit and the remedy if the router cannot be built."""
@@ -43,6 +49,11 @@ class RouterConfig:
         """Return the router of one layer, weights uninitialised."""
         raise NotImplementedError
 
+
+NONCAUSAL = (
+    "router kind {kind!r} is not causal: {why}. A language model trained with it sees the future, and cannot be "
+    "sampled as it was trained; choose another router, or say router.allow_noncausal = True"
+)
 
 C = TypeVar("C", bound=RouterConfig)
 ROUTERS: Registry[type[RouterConfig]] = Registry("router", package=__name__)

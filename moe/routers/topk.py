@@ -15,11 +15,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from moe.routers import Router, RouterConfig, noise, register
+from moe.routers import RouterConfig, noise, register
 from moe.routers.bias import updated_bias
-from moe.routing import Assignment, RouterContext, Routing
+from moe.routers.linear import LinearRouter, sorted_by_score
+from moe.routing import RouterContext, Routing
 
 
 @register("topk")
@@ -79,7 +80,7 @@ class TopKConfig(RouterConfig):
         )
 
 
-class TopKRouter(Router):
+class TopKRouter(LinearRouter):
     """Linear router with K experts per token. Parameter `weight` [E, D]; buffer `selection_bias` float32 [E]."""
 
     selection_bias: Tensor
@@ -93,51 +94,26 @@ class TopKRouter(Router):
         num_experts_per_tok: int,
         layer_index: int,
     ) -> None:
-        super().__init__()
         config.validate(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
+        super().__init__(
+            hidden_size=hidden_size,
+            num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            layer_index=layer_index,
+        )
         self.config = config
-        self.num_candidates = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.layer_index = layer_index
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         if config.use_selection_bias:
-            self.register_buffer("selection_bias", torch.zeros(num_experts, dtype=torch.float32))
-
-    def _apply(self, fn, recurse=True):
-        # steps of 1e-3 vanish in bfloat16: the bias follows the module to a device, never to another dtype
-        kept = self.selection_bias if self.config.use_selection_bias else None
-        super()._apply(fn, recurse)
-        if kept is not None:
-            moved = self.selection_bias
-            self.selection_bias = (
-                torch.empty_like(moved, dtype=torch.float32) if kept.is_meta else kept.to(device=moved.device)
-            )
-        return self
+            self.register_state("selection_bias", torch.zeros(num_experts))
 
     def forward(self, x_TD: Tensor, context: RouterContext) -> Routing:
-        # float32 at least; a float64 model stays float64, so that layouts can be compared to rounding
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        logits_TE = F.linear(self._noised(x_TD.to(wide), context), self.weight.to(wide))
+        logits_TE = self.logits(self._noised(x_TD, context))
         probs_TE, score_TE = self._scores(logits_TE)
         expert_TK = self._choose(score_TE)
-        weight_TK = self._weights(logits_TE, score_TE, expert_TK)
-        num_tokens, K = expert_TK.shape
-        if context.valid_T is not None:
-            # padding keeps its K rows, so that the fan-out stays fixed, but no expert sees them
-            expert_TK = expert_TK.masked_fill(~context.valid_T.unsqueeze(1), self.num_candidates)
-            weight_TK = weight_TK.masked_fill(~context.valid_T.unsqueeze(1), 0.0)
-        token_TK = torch.arange(num_tokens, device=x_TD.device).unsqueeze(1).expand(num_tokens, K)
-        assignment = Assignment(
-            token_N=token_TK.reshape(-1),
-            expert_N=expert_TK.reshape(-1),
-            weight_N=weight_TK.reshape(-1),
-            num_experts=self.num_candidates,
-            fan_out=K,
-        )
+        assignment = self.assign(expert_TK, self._weights(logits_TE, score_TE, expert_TK), context)
         return Routing(assignment=assignment, logits_TE=logits_TE, probs_TE=probs_TE, valid_T=context.valid_T)
 
     @torch.no_grad()
-    def end_step(self, tokens_per_expert_E: Tensor, context: RouterContext) -> None:
+    def end_step(self, tokens_per_expert_E: Tensor, context: RouterContext, *, num_tokens: int) -> None:
         if self.config.use_selection_bias:
             new = updated_bias(self.selection_bias, tokens_per_expert_E, rate=self.config.bias_update_rate)
             self.selection_bias.copy_(new)
@@ -146,6 +122,7 @@ class TopKRouter(Router):
         eps = self.config.router_jitter_noise
         if not eps or not self.training:
             return x_TD
+        x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         if context.position_T is None:
             raise ValueError("router_jitter_noise needs context.position_T, the global index of each token")
         key = (context.seed, context.step, self.layer_index, context.round)
@@ -168,8 +145,7 @@ class TopKRouter(Router):
         if self.config.n_group > 1:
             choice_TE = self._keep_best_groups(choice_TE)
         # a NaN ranks highest in topk and sort alike; the skipped-step check sees the loss, the indices stay in range
-        order_TE = torch.sort(choice_TE, dim=-1, descending=True, stable=True).indices
-        return order_TE[:, : self.num_experts_per_tok].contiguous()
+        return sorted_by_score(choice_TE)[:, : self.num_experts_per_tok].contiguous()
 
     def _keep_best_groups(self, choice_TE: Tensor) -> Tensor:
         config = self.config

@@ -54,6 +54,9 @@ def micro_batch_loss(
         # a coefficient of 0 still touches the graph, so that every recipe builds the same one
         total = total + balance.coefficient * load.balance_loss(statistics, num_tokens).sum()
         total = total + balance.z_coefficient * z_loss(statistics.z_sum_L, num_tokens).sum()
+        total = total + statistics.router_loss_sum_L.sum() / num_tokens
+        if balance.entropy_coefficient:
+            total = total + balance.entropy_coefficient * statistics.entropy_sum_L.sum() / num_tokens
         if balance.local_coefficient:
             local_LE = frequency(statistics.tokens_per_expert_LE)
             local_L = load_balancing_loss(local_LE, statistics.prob_sum_LE, num_tokens)

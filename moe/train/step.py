@@ -75,7 +75,7 @@ class TrainStep:
         result = self._engine.step(learning_rate=learning_rate)
         if counts_LE is not None and not result.is_skipped:
             self.load.remember(counts_LE)
-            end_routers_step(self._engine.module, counts_LE, context)
+            end_routers_step(self._engine.module, counts_LE, context, num_tokens=num_tokens)
         return self._record(sums, counts_LE, num_tokens, result)
 
     @torch.no_grad()
@@ -160,7 +160,7 @@ class _StepSums:
         self.is_finite.append(terms.is_finite)
         if statistics is not None:
             self.z = self.z + statistics.z_sum_L.detach().double().sum()
-            self.entropy = self.entropy + statistics.entropy_sum_L.double().sum()
+            self.entropy = self.entropy + statistics.entropy_sum_L.detach().double().sum()
             prob_sum_LE = statistics.prob_sum_LE.detach().double()
             self.prob_sum_LE = prob_sum_LE if self.prob_sum_LE is None else self.prob_sum_LE + prob_sum_LE
 
@@ -177,8 +177,10 @@ def _with_positions(context: RouterContext, batch: Batch) -> RouterContext:
     return replace(context, position_T=batch.position_BS.flatten())
 
 
-def end_routers_step(model: nn.Module, tokens_per_expert_LE: Tensor, context: RouterContext) -> None:
+def end_routers_step(
+    model: nn.Module, tokens_per_expert_LE: Tensor, context: RouterContext, *, num_tokens: int
+) -> None:
     """Give every router the step's global counts, in the order in which the model returns routings."""
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     for layer, counts_E in zip(layers, tokens_per_expert_LE, strict=True):
-        layer.router.end_step(counts_E, context)
+        layer.router.end_step(counts_E, context, num_tokens=num_tokens)

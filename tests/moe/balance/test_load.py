@@ -28,6 +28,7 @@ def statistics(rank: int, micro: int) -> RouterStatistics:
         prob_sum_BLE=torch.stack([0.3 * probs_LE, 0.7 * probs_LE]),
         z_sum_L=torch.zeros(2),
         entropy_sum_L=torch.zeros(2),
+        router_loss_sum_L=torch.zeros(2),
         num_tokens=torch.tensor(6),
     )
 

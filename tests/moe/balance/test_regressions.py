@@ -140,7 +140,7 @@ def bias_after_engine() -> tuple[torch.dtype, torch.dtype, float]:
     engine = Engine(model=model, groups=groups, optimizer=OptimizerConfig(), parallel=parallel)
     counts_LE = torch.tensor([[0, 2, 2, 2, 2, 4]] * 2)
     for _ in range(1000):
-        end_routers_step(engine.module, counts_LE, RouterContext())
+        end_routers_step(engine.module, counts_LE, RouterContext(), num_tokens=8)
     module = next(m for m in engine.module.modules() if isinstance(m, TopKRouter))
     result = module.weight.dtype, module.selection_bias.dtype, module.selection_bias[0].item()
     engine.close()

@@ -152,14 +152,14 @@ class TestSelectionBias:
 
     def test_update_raises_the_idle_and_lowers_the_busy(self):
         module = self.biased([0.0] * 8, bias_update_rate=0.5)
-        module.end_step(torch.tensor([0, 2, 4, 2, 2, 2, 2, 2]), RouterContext())
+        module.end_step(torch.tensor([0, 2, 4, 2, 2, 2, 2, 2]), RouterContext(), num_tokens=8)
         assert module.selection_bias.tolist() == [0.5, 0, -0.5, 0, 0, 0, 0, 0]
 
     def test_stays_float32_through_bfloat16_and_adds_up_small_steps(self):
         module = self.biased([0.0] * 8, bias_update_rate=1e-3).bfloat16().to(torch.float16)
         assert module.weight.dtype == torch.float16
         for _ in range(1000):
-            module.end_step(torch.tensor([0, 2, 2, 2, 2, 2, 2, 4]), RouterContext())
+            module.end_step(torch.tensor([0, 2, 2, 2, 2, 2, 2, 4]), RouterContext(), num_tokens=8)
         assert module.selection_bias.dtype == torch.float32
         assert module.selection_bias[0].item() == pytest.approx(1.0, abs=1e-4)
 

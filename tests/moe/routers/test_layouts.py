@@ -1,0 +1,77 @@
+"""Every router on one process and on two with expert parallelism, and resumed: the same curve.
+
+The registry is walked. Routers that look at a whole micro-batch depend on how it is split; for them only the resume.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from moe.routers import ROUTERS, RouterConfig
+from runs import curve, small_recipe, train
+
+# a kind whose extras are worth running too
+FORMS: dict[str, list[dict[str, Any]]] = {
+    "topk": [{"use_selection_bias": True, "scoring_func": "sigmoid", "router_jitter_noise": 0.05}],
+    "dynamic_confidence": [{"target_experts_per_tok": 2.5}, {"max_k": 3, "warmup_steps": 4}],
+}
+CONFIGS = [(kind, form) for kind in ROUTERS for form in FORMS.get(kind, [{}])]
+CAUSAL = [(kind, form) for kind, form in CONFIGS if ROUTERS[kind].is_causal]
+
+
+def config_of(kind: str, form: dict[str, Any]) -> RouterConfig:
+    allow = {field.name: True for field in fields(ROUTERS[kind]) if field.name == "allow_noncausal"}
+    return ROUTERS[kind](**allow, **form)
+
+
+def name_of(value: object) -> str:
+    return value if isinstance(value, str) else "-".join(value) or "plain"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "form"), CAUSAL, ids=name_of)
+def test_two_ranks_with_expert_parallelism_and_recomputation_give_the_curve_of_one(pool, run_root, kind, form):
+    router = config_of(kind, form)
+    balance = {"scope": "exact", "entropy_coefficient": 1e-3}
+    one = small_recipe(run_root, "one", steps=5, model={"router": router}, balance=balance)
+    two = small_recipe(
+        run_root,
+        "two",
+        steps=5,
+        model={"router": router},
+        balance=balance,
+        parallel={"ep_size": 2, "zero_stage": 2, "activation_checkpointing": True},
+        batch={"micro_sequences": 1},
+    )
+    pool.run(train, one, world_size=1)
+    pool.run(train, two, world_size=2)
+    assert len(curve(one)) == len(curve(two)) == 5
+    for a, b in zip(curve(one), curve(two), strict=True):
+        assert b["train/loss"] == pytest.approx(a["train/loss"], rel=2e-6)
+        assert b["train/grad_norm"] == pytest.approx(a["train/grad_norm"], rel=2e-5)
+        assert b["moe/experts_per_token"] == a["moe/experts_per_token"]
+
+
+@pytest.mark.parametrize(("kind", "form"), CONFIGS, ids=name_of)
+def test_a_resumed_run_goes_on_to_the_bit(pool, run_root, kind, form):
+    router = config_of(kind, form)
+    whole = small_recipe(run_root, "whole", steps=6, model={"router": router})
+    parts = small_recipe(run_root, "parts", steps=6, model={"router": router}, trainer={"save_every": 3})
+    pool.run(train, whole, world_size=1)
+    pool.run(stop_after, parts, 4, world_size=1)
+    pool.run(train, parts, True, world_size=1)
+    assert curve(parts) == curve(whole)
+
+
+def stop_after(recipe, step: int) -> None:
+    """Train until an error in the middle of `step`: what was saved before it is all there is."""
+    from faults import around_steps
+    from moe.recipe import launch
+
+    def around(_, current, run):
+        if current == step + 1:
+            raise InterruptedError
+        return run()
+
+    with around_steps(around), pytest.raises(InterruptedError):
+        launch(recipe)
