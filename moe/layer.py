@@ -57,6 +57,8 @@ class MoELayer(nn.Module):
         if routing.identity_weight_T is not None:
             # experts that compute nothing give back their input; it never leaves its rank
             y_TD = y_TD + (routing.identity_weight_T.unsqueeze(1) * x_TD).to(y_TD.dtype)
+        if routing.added_TD is not None:
+            y_TD = y_TD + routing.added_TD.to(y_TD.dtype)
         return y_TD.reshape(x_BSD.shape), [routing]
 
     def _run(self, x_TD: Tensor, plan: Plan, pool: Experts) -> Tensor:

@@ -24,11 +24,12 @@ class Routing:
     """What a router returns; losses, metrics and controllers read only this."""
 
     assignment: Assignment
-    logits_TE: Tensor  # float32, raw; what the z-loss reads. Never overwritten.
+    logits_TE: Tensor  # float32, raw; what the z-loss reads. Wider than E where zero-computation experts are scored
     probs_TE: Tensor  # float32, rows sum to 1; what the balance loss reads
     valid_T: Tensor | None = None  # bool, False on padding: not dispatched, not counted
     active_E: Tensor | None = None  # bool, experts open at this step (pool growth); None means all
     identity_weight_T: Tensor | None = None  # weight of the token itself (zero-computation experts)
+    added_TD: Tensor | None = None  # what else zero-computation experts add to a token, float32 or wider
     loss_sum: Tensor | None = None  # scalar with gradient: the router's own loss, summed over valid tokens, weighted
 
 

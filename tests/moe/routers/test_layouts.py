@@ -14,6 +14,10 @@ from runs import curve, small_recipe, train
 # a kind whose extras are worth running too
 FORMS: dict[str, list[dict[str, Any]]] = {
     "topk": [{"use_selection_bias": True, "scoring_func": "sigmoid", "router_jitter_noise": 0.05}],
+    "zero_experts": [
+        {"num_identity_experts": 3, "target_experts_per_tok": 1.5, "num_constant_experts": 1},
+        {"bias_update_rule": "pid", "proportional_gain": 0.1, "target_experts_per_tok": 1.5, "num_zero_experts": 1},
+    ],
     "dynamic_confidence": [{"target_experts_per_tok": 2.5}, {"max_k": 3, "warmup_steps": 4}],
 }
 CONFIGS = [(kind, form) for kind in ROUTERS for form in FORMS.get(kind, [{}])]

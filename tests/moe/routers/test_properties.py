@@ -145,7 +145,7 @@ def test_renumbering_experts_renumbers_the_choice(kind):
     router, other = router_of(kind).eval(), router_of(kind).eval()
     order = torch.randperm(7, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        other.weight.copy_(router.weight[order])
+        other.weight[:7] = router.weight[:7][order]  # rows beyond are of zero-computation experts
     plain, moved = (pairs(r(tokens(12), context_of(12))) for r in (router, other))
     assert {(token, order[expert].item()) for token, expert in moved} == plain
 
