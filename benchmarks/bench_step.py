@@ -237,7 +237,8 @@ def main(
 
 def stamp() -> dict[str, Any]:
     """Return what every row of one run shares."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    git = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit,

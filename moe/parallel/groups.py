@@ -41,6 +41,12 @@ class ParallelConfig:
         if self.timeout_s <= 0:
             raise ValueError(f"parallel.timeout_s = {self.timeout_s} must be positive")
 
+    def stage_on(self, world_size: int) -> int:
+        """Return the ZeRO stage that runs: one rank divides nothing, and takes the lowest that keeps its masters."""
+        if world_size > 1:
+            return self.zero_stage
+        return min(self.zero_stage, 0 if self.dtype == "fp32" else 1)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelGroups:

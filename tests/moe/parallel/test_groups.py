@@ -37,6 +37,13 @@ def test_impossible_layouts_are_refused(fields, message):
         ParallelConfig(**fields).validate(world_size=4)
 
 
+def test_one_rank_takes_the_lowest_stage_that_keeps_its_masters():
+    for dtype, stages in (("fp32", (0, 0, 0)), ("bf16", (1, 1))):
+        wanted = [ParallelConfig(zero_stage=stage, dtype=dtype) for stage in range(3 - len(stages), 3)]
+        assert tuple(parallel.stage_on(1) for parallel in wanted) == stages
+        assert [parallel.stage_on(2) for parallel in wanted] == [parallel.zero_stage for parallel in wanted]
+
+
 def agree(fails: bool):
     groups = ParallelGroups.create(ep_size=1, device=torch.device("cpu"))
 

@@ -68,7 +68,7 @@ def poisoned(model, poison: Poison) -> ExitStack:
                 logits_TE[3, slice(None) if poison.place == "row" else 5] = poison.value
             return logits_TE
 
-        stack.enter_context(patch("moe.routers.topk.F", SimpleNamespace(linear=linear, logsigmoid=F.logsigmoid)))
+        stack.enter_context(patch("moe.routers.linear.F", SimpleNamespace(linear=linear)))
     else:
         parameter = next(p for name, p in model.named_parameters() if name.endswith(poison.place))
 
