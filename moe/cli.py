@@ -86,7 +86,7 @@ def eval_run(run: Run, /, *, sequences: int = 64) -> None:
         evaluations=evaluations,
         sample_prompt="",
         sample_text="",
-        moe_layers=recipe.model.moe_layers,
+        moe_layers=recipe.model.routing_names,
     )
     print_evaluation(report, Console(highlight=False))
 

@@ -42,18 +42,29 @@ class MoELayer(nn.Module):
         self._dispatcher = dispatcher
 
     def forward(
-        self, x_BSD: Tensor, context: RouterContext, *, experts: Experts | None = None
+        self,
+        x_BSD: Tensor,
+        context: RouterContext,
+        *,
+        experts: Experts | None = None,
+        use_shared_expert: bool = True,
     ) -> tuple[Tensor, list[Routing]]:
-        """Return (y_BSD, the routings of this layer)."""
+        """Return (y_BSD, the routings of this layer).
+
+        Args:
+            experts: the pool, for a layer that has none of its own.
+            use_shared_expert: False leaves the shared expert out, for rounds of a chain after the first.
+        """
         pool = experts if experts is not None else self.experts
         assert pool is not None, "a layer without experts of its own needs a pool"
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         routing = self.router(x_TD, context)
         plan = self._dispatcher.plan(routing.assignment, num_tokens=x_TD.shape[0])
+        shared_expert = self.shared_expert if use_shared_expert else None
         if self.activation_checkpointing and self.training:
-            y_TD = checkpoint(self._run, x_TD, plan, pool, use_reentrant=False, preserve_rng_state=False)
+            y_TD = checkpoint(self._run, x_TD, plan, pool, shared_expert, use_reentrant=False, preserve_rng_state=False)
         else:
-            y_TD = self._run(x_TD, plan, pool)
+            y_TD = self._run(x_TD, plan, pool, shared_expert)
         if routing.identity_weight_T is not None:
             # experts that compute nothing give back their input; it never leaves its rank
             y_TD = y_TD + (routing.identity_weight_T.unsqueeze(1) * x_TD).to(y_TD.dtype)
@@ -61,9 +72,9 @@ class MoELayer(nn.Module):
             y_TD = y_TD + routing.added_TD.to(y_TD.dtype)
         return y_TD.reshape(x_BSD.shape), [routing]
 
-    def _run(self, x_TD: Tensor, plan: Plan, pool: Experts) -> Tensor:
+    def _run(self, x_TD: Tensor, plan: Plan, pool: Experts, shared_expert: nn.Module | None) -> Tensor:
         x_RD, received = self._dispatcher.dispatch(x_TD, plan)
         y_TD = self._dispatcher.combine(pool(x_RD, received), plan)
-        if self.shared_expert is not None:
-            y_TD = y_TD + self.shared_expert(x_TD)
+        if shared_expert is not None:
+            y_TD = y_TD + shared_expert(x_TD)
         return y_TD

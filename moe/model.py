@@ -6,6 +6,7 @@ State-dict names:
     layers.N.attention_norm, layers.N.attention.{q,k,v,o}_proj[, q_norm, k_norm], layers.N.feed_forward_norm
     layers.N.feed_forward.{gate,up,down}_proj                                    dense layer
     layers.N.moe.router, .moe.experts.{gate_up,down}_proj, .moe.shared_expert    MoE layer
+    layers.N.moe.router.rounds.T                                                 instead, a router for each round
     norm.weight, lm_head.weight                                                  no lm_head if tied
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from moe.blocks.attention import Attention, QkNorm
 from moe.blocks.block import Block
 from moe.blocks.cache import KeyValueCache
+from moe.blocks.chain import ChainConfig
 from moe.blocks.feed_forward import FeedForward, SharedExpert
 from moe.blocks.norm import RMSNorm
 from moe.blocks.rope import rotation
@@ -25,7 +27,8 @@ from moe.experts import Experts
 from moe.layer import MoELayer
 from moe.parallel.dispatch import make_dispatcher
 from moe.parallel.groups import ParallelGroups
-from moe.routers import AnyRouter
+from moe.routers import AnyRouter, Router
+from moe.routers.rounds import RoundRouters
 from moe.routers.topk import TopKConfig
 from moe.routing import RouterContext, Routing
 
@@ -60,6 +63,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     initializer_range: float = 0.02  # standard deviation of initial weights
     router: AnyRouter = field(default_factory=TopKConfig)
+    chain: ChainConfig = field(default_factory=ChainConfig)
 
     @property
     def attention_head_dim(self) -> int:
@@ -79,6 +83,12 @@ class ModelConfig:
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers that have experts."""
         return tuple(index for index in range(self.num_hidden_layers) if self.is_moe_layer(index))
+
+    @property
+    def routing_names(self) -> tuple[str, ...]:
+        """What to call the routings of a forward pass, in order: the layer and, in a chain, the round."""
+        rounds = [f" round {t + 1}" for t in range(self.chain.rounds)] if self.chain.rounds > 1 else [""]
+        return tuple(f"{index}{suffix}" for index in self.moe_layers for suffix in rounds)
 
     def validate(self) -> None:
         """Raise ValueError with the value, the limit and the remedy if no model can be built from this."""
@@ -150,6 +160,7 @@ class ModelConfig:
                 f"{self.num_experts}"
             )
         self.router.validate(num_experts=self.num_experts, num_experts_per_tok=self.num_experts_per_tok)
+        self.chain.validate()
         outside = [index for index in self.mlp_only_layers if not 0 <= index < self.num_hidden_layers]
         if outside:
             raise ValueError(
@@ -179,6 +190,11 @@ class ModelConfig:
                     f"model.{name} = {value} needs experts, but model.num_experts = 0; "
                     f"set num_experts, or {name} to {type(value)()}"
                 )
+        if self.chain != ChainConfig():
+            raise ValueError(
+                f"model.chain = {self.chain} needs experts, but model.num_experts = 0; "
+                "set num_experts, or leave model.chain as it is"
+            )
 
 
 class Model(nn.Module):
@@ -221,7 +237,7 @@ class Model(nn.Module):
         cache: KeyValueCache | None = None,
         context: RouterContext | None = None,
     ) -> tuple[Tensor, list[Routing]]:
-        """Return (logits_BSV, one routing per MoE layer in order).
+        """Return (logits_BSV, one routing per MoE layer and round in order).
 
         Args:
             token_BS: int64.
@@ -277,6 +293,7 @@ def _make_block(
         if is_moe
         else FeedForward(hidden_size=config.hidden_size, intermediate_size=config.intermediate_size),
         moe=_make_moe(config, index, groups, backend, activation_checkpointing) if is_moe else None,
+        chain=config.chain,
         activation_checkpointing=activation_checkpointing,
     )
 
@@ -292,12 +309,7 @@ def _make_moe(
             use_sigmoid_gate=config.use_shared_expert_gate,
         )
     return MoELayer(
-        router=config.router.build(
-            hidden_size=config.hidden_size,
-            num_experts=config.num_experts,
-            num_experts_per_tok=config.num_experts_per_tok,
-            layer_index=index,
-        ),
+        router=_make_router(config, index),
         dispatcher=make_dispatcher(groups, num_experts=config.num_experts),
         experts=Experts(
             num_experts=config.num_experts,
@@ -309,3 +321,16 @@ def _make_moe(
         shared_expert=shared_expert,
         activation_checkpointing=activation_checkpointing,
     )
+
+
+def _make_router(config: ModelConfig, index: int) -> Router:
+    routers = [
+        config.router.build(
+            hidden_size=config.hidden_size,
+            num_experts=config.num_experts,
+            num_experts_per_tok=config.num_experts_per_tok,
+            layer_index=index,
+        )
+        for _ in range(config.chain.num_routers)
+    ]
+    return routers[0] if len(routers) == 1 else RoundRouters(routers)

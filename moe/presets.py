@@ -4,6 +4,7 @@ Context length, balance coefficients and the like belong to a recipe; the router
 here.
 """
 
+from moe.blocks.chain import ChainConfig
 from moe.model import ModelConfig
 from moe.routers.topk import TopKConfig
 
@@ -66,4 +67,30 @@ def qwen3_30b_a3b() -> ModelConfig:
         rms_norm_eps=1e-6,
         rope_theta=1e6,
         router=TopKConfig(norm_topk_prob=True),
+    )
+
+
+def coe() -> ModelConfig:
+    """Return CoE-2(4/64) (arXiv 2506.18945): 4 layers, two rounds of 4 of 63 experts, one shared expert more.
+
+    Experts, routers and norms are the published ones, with the residual of the released code, which a model of your
+    own should not take over (chain.residual). The paper's attention is DeepSeek-V2's latent attention, which this
+    framework does not have; here it is ordinary attention with as many heads. Vocabulary as in DeepSeek-V2-Lite.
+    """
+    return ModelConfig(
+        vocab_size=102400,
+        hidden_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        num_experts=63,
+        num_experts_per_tok=4,
+        moe_intermediate_size=704,
+        shared_expert_intermediate_size=704,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        router=TopKConfig(norm_topk_prob=False),
+        chain=ChainConfig(rounds=2, residual="release"),
     )

@@ -367,6 +367,6 @@ def _report(
         evaluations=evaluations,
         sample_prompt=prompt,
         sample_text=text,
-        moe_layers=recipe.model.moe_layers,
+        moe_layers=recipe.model.routing_names,
     )
     print_report(report, Console(highlight=False))

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class ReportInput:
     evaluations: dict[str, DomainEvaluation]  # by domain, at the end of the run
     sample_prompt: str
     sample_text: str  # what followed the prompt
-    moe_layers: tuple[int, ...]  # index of each routing's layer
+    moe_layers: Sequence[int | str]  # what to call each routing: its layer, and its round in a chain of experts
 
 
 def print_report(report: ReportInput, console: Console) -> None:
@@ -202,7 +203,7 @@ def _print_load(report: ReportInput, counts_DLE: Tensor, console: Console) -> No
     console.print(Text(f"As pictures: {_shown(load_png)}, {_shown(domains_png)}"), soft_wrap=True)
 
 
-def _load_verdict(counts_LE: Tensor, layers: tuple[int, ...]) -> str:
+def _load_verdict(counts_LE: Tensor, layers: Sequence[int | str]) -> str:
     """Return one sentence on idle and busy experts, and what to do about them."""
     E = counts_LE.shape[1]
     idle = (counts_LE == 0).nonzero().tolist()

@@ -6,7 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from debug import debug
+from faults import around_steps
 from moe.recipe import Recipe, launch
 
 
@@ -30,6 +33,18 @@ def small_recipe(root: Path, name: str = "run", *, steps: int = 6, **changes: di
 def train(recipe: Recipe, resume: bool = False) -> None:
     """Launch on the ranks of the pool."""
     launch(recipe, resume=resume)
+
+
+def stop_after(recipe: Recipe, step: int) -> None:
+    """Train until an error in the middle of `step`: what was saved before it is all there is."""
+
+    def around(_, current, run):
+        if current == step + 1:
+            raise InterruptedError
+        return run()
+
+    with around_steps(around), pytest.raises(InterruptedError):
+        launch(recipe)
 
 
 def rows_of(recipe: Recipe) -> list[dict[str, Any]]:

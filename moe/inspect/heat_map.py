@@ -31,7 +31,7 @@ def relative_load(counts: Tensor) -> Tensor:
     return counts / counts.mean(-1, keepdim=True)
 
 
-def heat_map_text(counts_LE: Tensor, *, layers: Sequence[int], width: int = 80) -> list[Text]:
+def heat_map_text(counts_LE: Tensor, *, layers: Sequence[int | str], width: int = 80) -> list[Text]:
     """Return the lines of the map: a header, then one line per layer or more if they are too long, then a legend.
 
     Args:

@@ -24,7 +24,7 @@ _NUMBERED_INCHES = 0.36  # a cell this wide has room for its number
 _LEGEND = "white = an equal share of the layer's rows, x = no row at all"
 
 
-def load_heat_map(counts_LE: Tensor, path: Path, *, layers: Sequence[int]) -> None:
+def load_heat_map(counts_LE: Tensor, path: Path, *, layers: Sequence[int | str]) -> None:
     """Write a PNG of how the rows of each layer are spread over its experts; `layers` names the rows of the counts."""
     ratio_LE = relative_load(counts_LE).numpy()
     L, E = ratio_LE.shape
@@ -36,7 +36,7 @@ def load_heat_map(counts_LE: Tensor, path: Path, *, layers: Sequence[int]) -> No
     _finish(figure, "How busy each expert is", reach, path)
 
 
-def domain_heat_map(counts_DLE: Tensor, names: Sequence[str], path: Path, *, layers: Sequence[int]) -> None:
+def domain_heat_map(counts_DLE: Tensor, names: Sequence[str], path: Path, *, layers: Sequence[int | str]) -> None:
     """Write a PNG with one panel per layer: how the rows of each domain are spread over the layer's experts."""
     ratio_DLE = relative_load(counts_DLE).numpy()
     D, L, E = ratio_DLE.shape

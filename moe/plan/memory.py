@@ -41,7 +41,7 @@ def plan_memory(model: ModelConfig, batch: BatchConfig, parallel: ParallelConfig
     dense = count.total - count.experts
     local = dense + experts
     width = 2 if parallel.dtype == "bf16" else 4
-    stage = parallel.zero_stage
+    stage = parallel.stage_on(world_size)
     # stage 0 updates the weights in place and keeps no masters
     share = local if stage == 0 else dense // world_size + experts // (world_size // parallel.ep_size)
     accumulated = 4 * (share if stage == 2 else local) if parallel.dtype == "bf16" else 0
@@ -62,14 +62,17 @@ def _activations(model: ModelConfig, batch: BatchConfig, parallel: ParallelConfi
     # the expert kernels keep their input and the pre-activation of gate and up, nothing else
     routed = D + 2 * model.moe_intermediate_size * model.num_experts_per_tok
     shared = 4 * model.shared_expert_intermediate_size
+    rounds = model.chain.rounds
     num_moe = len(model.moe_layers)
     num_dense = model.num_hidden_layers - num_moe
     if parallel.activation_checkpointing:
-        per_token = model.num_hidden_layers * 3 * D + max(attention, routed + shared, 4 * model.intermediate_size)
+        # each half of a block keeps its input, a chain that of every round
+        kept = model.num_hidden_layers * 3 * D + num_moe * (rounds - 1) * D
+        per_token = kept + max(attention, routed + shared, 4 * model.intermediate_size)
     else:
         per_token = (
             model.num_hidden_layers * (attention + 2 * D)
-            + num_moe * (routed + shared)
+            + num_moe * (rounds * routed + model.chain.num_shared_runs * shared)
             + num_dense * (D + 4 * model.intermediate_size)
         )
     # logits in the model's dtype, their float32 copy and its gradient
@@ -89,13 +92,14 @@ def plan_text(
     memory = plan_memory(model, batch, parallel, world_size=world_size)
     tokens = steps * batch.tokens
     forward = flops_per_token(model, batch.sequence_length)
+    in_rounds = f" in each of {model.chain.rounds} rounds" if model.chain.rounds > 1 else ""
     times = 4 if parallel.activation_checkpointing else 3
     rows = [
         ("parameters", f"{count.total:,} total, {count.active:,} active per token"),
         (
             "experts",
             f"{len(model.moe_layers)} of {model.num_hidden_layers} layers, {model.num_experts} experts, "
-            f"{model.num_experts_per_tok} per token; {count.experts:,} parameters",
+            f"{model.num_experts_per_tok} per token{in_rounds}; {count.experts:,} parameters",
         ),
         ("ranks", f"{world_size}, expert parallel {parallel.ep_size}, ZeRO {parallel.zero_stage}, {parallel.dtype}"),
         (

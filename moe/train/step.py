@@ -15,8 +15,8 @@ from moe.balance.health import LoadFigures, load_figures
 from moe.balance.load import BalanceConfig, GlobalLoad
 from moe.balance.losses import frequency, load_balancing_loss
 from moe.balance.statistics import RouterStatistics, collect
+from moe.blocks.block import Block
 from moe.data.tokens import Batch
-from moe.layer import MoELayer
 from moe.parallel.groups import ParallelGroups
 from moe.routing import RouterContext
 from moe.train.engine import Engine, StepResult
@@ -181,6 +181,7 @@ def end_routers_step(
     model: nn.Module, tokens_per_expert_LE: Tensor, context: RouterContext, *, num_tokens: int
 ) -> None:
     """Give every router the step's global counts, in the order in which the model returns routings."""
-    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-    for layer, counts_E in zip(layers, tokens_per_expert_LE, strict=True):
-        layer.router.end_step(counts_E, context, num_tokens=num_tokens)
+    blocks = [module for module in model.modules() if isinstance(module, Block) and module.moe is not None]
+    counts = tokens_per_expert_LE.split([block.chain.rounds for block in blocks])
+    for block, counts_CE in zip(blocks, counts, strict=True):
+        block.end_step(counts_CE, context, num_tokens=num_tokens)

@@ -1,10 +1,14 @@
 """Parameter and FLOP counts against formulas by hand and against matrices multiplied."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe.counts import count_parameters, flops_per_token
+from moe.blocks.chain import ChainConfig
+from moe.counts import count_parameters, flops_per_token, match_compute
+from moe.presets import coe
 from tiny import tiny_config, tiny_model, tiny_tokens
 
 V, D, L, H, G, d, E, K, F_EXPERT, F_DENSE, F_SHARED = 37, 20, 3, 4, 2, 6, 6, 2, 14, 22, 10
@@ -39,9 +43,52 @@ def test_a_dense_model_is_all_active():
     assert count.experts == 0
 
 
+CHAINS = [
+    ChainConfig(rounds=3),
+    ChainConfig(rounds=3, residual="preln", has_shared_router=True),
+    ChainConfig(rounds=2, shared_expert="once"),
+]
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_chain_counts_its_weights_once_and_what_is_active_as_often_as_it_runs(chain):
+    config = tiny_config(chain=chain)
+    count, plain = count_parameters(config), count_parameters(tiny_config())
+    C, shared_runs = chain.rounds, 1 if chain.shared_expert == "once" else chain.rounds
+    assert count.experts == plain.experts
+    assert count.shared_expert == plain.shared_expert
+    assert count.router == plain.router * (1 if chain.has_shared_router else C)
+    assert count.total == plain.total + count.router - plain.router
+    per_layer = 3 * D * (C * K * F_EXPERT + shared_runs * F_SHARED)
+    assert count.active == count.total - count.experts - count.shared_expert + 2 * per_layer
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_flops_of_a_chain_equal_the_matrix_products_that_run(chain):
+    config = tiny_config(chain=chain, num_key_value_heads=4, use_shared_expert_gate=True)
+    assert_flops_equal_the_products(config)
+
+
+def test_two_rounds_of_four_cost_a_ninth_more_than_one_of_eight():
+    match = match_compute(coe())
+    assert (match.chain.num_expert_runs, match.plain.num_expert_runs) == (10, 9)
+    assert match.chain.flops == 2 * 10 * 3 * 1024 * 704
+    assert match.ratio == pytest.approx(10 / 9)
+    assert str(match).endswith("the chain computes +11.1%")
+    once = match_compute(replace(coe(), chain=ChainConfig(rounds=2, shared_expert="once")))
+    assert once.ratio == 1
+    with pytest.raises(ValueError, match="num_experts_per_tok = 80 must lie in 1..num_experts = 63"):
+        match_compute(replace(coe(), num_experts_per_tok=40))
+
+
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_flops_equal_the_matrix_products_that_run(is_tied):
-    config = tiny_config(tie_word_embeddings=is_tied, use_shared_expert_gate=True, num_key_value_heads=4)
+    assert_flops_equal_the_products(
+        tiny_config(tie_word_embeddings=is_tied, use_shared_expert_gate=True, num_key_value_heads=4)
+    )
+
+
+def assert_flops_equal_the_products(config):
     model = tiny_model(config, dtype=torch.float64)
     B, S = 2, 16
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -1,5 +1,7 @@
 """Published architectures: parameter counts, forward and backward against the models in transformers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,6 +109,28 @@ def test_parameter_counts_equal_the_published_ones(family, preset, total, active
         ours = Model(config, groups=ParallelGroups.single())
     shapes = {their_name(name): parameter.shape for name, parameter in ours.named_parameters()}
     assert shapes == {name: parameter.shape for name, parameter in theirs.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("rounds", "num_experts", "published", "in_mebi"),
+    [(1, 64, 570956800, "544.51"), (2, 64, 571214848, "544.75"), (2, 48, 432671744, "412.63")],
+    ids=["MoE(8/64)", "CoE-2(4/64)", "CoE-2(4/48)"],
+)
+def test_chain_of_experts_has_the_published_parameters_in_all_but_the_attention(
+    rounds, num_experts, published, in_mebi
+):
+    config = presets.coe()
+    config = replace(config, num_experts=num_experts - 1, chain=replace(config.chain, rounds=rounds))
+    config.validate()
+    count = count_parameters(config)
+    assert count.router == 4 * rounds * (num_experts - 1) * 1024
+    assert count.experts + count.shared_expert == 4 * num_experts * 3 * 1024 * 704
+    assert count.norm == 4 * 2 * 1024 + 1024
+    # latent attention, which we do not have: queries 8 x (128 + 64), a latent of 512 with a norm, a rotary key of 64
+    latent = 1024 * 8 * 192 + 1024 * (512 + 64) + 512 + 512 * 8 * (128 + 128) + 8 * 128 * 1024
+    total = count.router + count.experts + count.shared_expert + count.norm + 4 * latent
+    assert total == published
+    assert f"{total / 2**20:.2f}" == in_mebi
 
 
 NO_SHARED = {"shared_expert_intermediate_size": 0, "mlp_only_layers": ()}

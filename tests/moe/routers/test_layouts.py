@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moe.routers import ROUTERS, RouterConfig
-from runs import curve, small_recipe, train
+from runs import curve, small_recipe, stop_after, train
 
 # a kind whose extras are worth running too
 FORMS: dict[str, list[dict[str, Any]]] = {
@@ -65,17 +65,3 @@ def test_a_resumed_run_goes_on_to_the_bit(pool, run_root, kind, form):
     pool.run(stop_after, parts, 4, world_size=1)
     pool.run(train, parts, True, world_size=1)
     assert curve(parts) == curve(whole)
-
-
-def stop_after(recipe, step: int) -> None:
-    """Train until an error in the middle of `step`: what was saved before it is all there is."""
-    from faults import around_steps
-    from moe.recipe import launch
-
-    def around(_, current, run):
-        if current == step + 1:
-            raise InterruptedError
-        return run()
-
-    with around_steps(around), pytest.raises(InterruptedError):
-        launch(recipe)
