@@ -30,21 +30,23 @@ def join_halves(h_NH: Tensor, spec: ExpertSpec) -> Tensor:
     return h_NH
 
 
-def activate(h_NH: Tensor, spec: ExpertSpec) -> Tensor:
+def activate(h_NH: Tensor, spec: ExpertSpec, *, out_NF: Tensor | None = None) -> Tensor:
     """Return a_NF, the activation of h, in the dtype of h. Autograd differentiates it.
 
     Args:
         h_NH: the first product, its halves one after the other ([gate | up]) whatever spec.gate_up says.
+        out_NF: where to write a instead, in any dtype; autograd must be off.
     """
     if spec.activation == "relu2":
-        return torch.relu(h_NH).square()
+        positive_NF = torch.relu(h_NH)
+        return torch.mul(positive_NF, positive_NF, out=out_NF)
     gate_NF, up_NF = h_NH.chunk(2, dim=1)
     if spec.activation == "swiglu":
-        return functional.silu(gate_NF) * up_NF
+        return torch.mul(functional.silu(gate_NF), up_NF, out=out_NF)
     if spec.activation == "geglu":
-        return functional.gelu(gate_NF) * up_NF
+        return torch.mul(functional.gelu(gate_NF), up_NF, out=out_NF)
     gate_NF, up_NF = gate_NF.clamp(max=GPT_OSS_LIMIT), up_NF.clamp(-GPT_OSS_LIMIT, GPT_OSS_LIMIT)
-    return (up_NF + 1) * (gate_NF * torch.sigmoid(GPT_OSS_SLOPE * gate_NF))
+    return torch.mul(up_NF + 1, gate_NF * torch.sigmoid(GPT_OSS_SLOPE * gate_NF), out=out_NF)
 
 
 def activate_backward(
@@ -61,13 +63,13 @@ def activate_backward(
     dh_NH = torch.empty_like(h_NH) if out_NH is None else out_NH
     if spec.activation == "relu2":
         positive_NF = torch.relu(h_NH)
-        dh_NH.copy_(2 * da_NF * positive_NF)
+        torch.mul(2 * da_NF, positive_NF, out=dh_NH)
         return positive_NF.square(), dh_NH
     gate_NF, up_NF = h_NH.chunk(2, dim=1)
     if spec.activation == "swiglu":
         sigmoid_NF = torch.sigmoid(gate_NF)
         curve_NF = curve_for_up_NF = gate_NF * sigmoid_NF
-        slope_NF = sigmoid_NF + curve_NF * (1 - sigmoid_NF)
+        slope_NF = (gate_NF - curve_NF).mul_(sigmoid_NF).add_(sigmoid_NF)
     elif spec.activation == "geglu":
         cdf_NF = 0.5 * (1 + torch.erf(SQRT_HALF * gate_NF))
         curve_NF = curve_for_up_NF = gate_NF * cdf_NF
@@ -81,6 +83,6 @@ def activate_backward(
         slope_NF = sigmoid_NF + GPT_OSS_SLOPE * curve_NF * (1 - sigmoid_NF)
         slope_NF.masked_fill_(is_gate_held_NF, 0)
     dgate_NF, dup_NF = dh_NH.chunk(2, dim=1) if out_NH is None else split_halves(out_NH, spec)
-    dgate_NF.copy_(da_NF * up_NF * slope_NF)
-    dup_NF.copy_(da_NF * curve_for_up_NF)
-    return curve_NF * up_NF, dh_NH
+    torch.mul(slope_NF.mul_(up_NF), da_NF, out=dgate_NF)
+    torch.mul(da_NF, curve_for_up_NF, out=dup_NF)
+    return curve_NF.mul_(up_NF), dh_NH

@@ -52,6 +52,11 @@ class Rows(NamedTuple):
     fan_out: int | None  # K if rows t*K..t*K+K-1 are those of token t, else None
 
 
+def _require(condition: Tensor, message: str) -> None:
+    """Raise RuntimeError unless the condition holds: on a CPU at once, on a GPU without waiting for it."""
+    torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def rows_from_topk(expert_TK: Tensor, weight_TK: Tensor) -> Rows:
     """Return the rows of K experts per token, in order; expert id E leaves a place unused."""
     T, K = expert_TK.shape
@@ -71,7 +76,7 @@ def rows_from_mask(mask_TE: Tensor, weight_TE: Tensor, *, max_per_token: int | N
     """
     E = mask_TE.shape[1]
     K = E if max_per_token is None else min(max_per_token, E)
-    torch._assert_async((mask_TE.sum(1) <= K).all(), f"a token has more than max_per_token={K} experts")
+    _require((mask_TE.sum(1) <= K).all(), f"a token has more than max_per_token={K} experts")
     # stable: chosen experts first, in ascending order
     order_TE = mask_TE.logical_not().to(torch.int8).sort(dim=1, stable=True).indices[:, :K]
     expert_TK = order_TE.masked_fill(~mask_TE.gather(1, order_TE), E)
@@ -87,6 +92,6 @@ def compact(rows: Rows, num_experts: int, *, max_rows: int) -> Rows:
         RuntimeError: more rows are in use; on a GPU when the assertion there is reached.
     """
     is_used_N = rows.expert_N < num_experts
-    torch._assert_async((is_used_N.sum() <= max_rows), f"more than max_rows={max_rows} rows are in use")
+    _require(is_used_N.sum() <= max_rows, f"more than max_rows={max_rows} rows are in use")
     order_N = is_used_N.logical_not().to(torch.int8).sort(stable=True).indices[:max_rows]
     return Rows(rows.token_N[order_N], rows.expert_N[order_N], rows.weight_N[order_N], None)

@@ -3,6 +3,7 @@
 Each activation has a plain twin in moe_kernels.activation. The sigmoid goes through exp2 with a folded constant:
 compiled for sm_90 that takes 174 registers in the up projection's epilogue, tl.sigmoid 239.
 """
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl

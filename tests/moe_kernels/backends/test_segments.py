@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_kernels.backends import BACKENDS
+from moe_kernels.backends import BACKENDS, segments
 from moe_kernels.backends.segments import padded_rows
 from moe_kernels.spec import ExpertSpec
 from moe_kernels.testing import ROUTINGS, assert_close, assert_same, make_case, run, run_mirrored, saved_bytes
@@ -49,6 +49,19 @@ def test_h_computed_again_is_equal_to_the_bit(dtype: torch.dtype) -> None:
         case = make_case(T=130, D=40, F=24, E=3, K=2, dtype=dtype, spec=spec, biases=biases)
         again = replace(case, spec=replace(spec, saved="X"))
         assert_same(run(SEGMENTS, again), run(SEGMENTS, case))
+
+
+# not to the bit: at the end of a block torch computes exp without vector instructions
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.bfloat16, 1e-3)])
+@pytest.mark.parametrize("saved", ["H", "X"])
+def test_blocks_of_rows_change_nothing(saved: str, dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for activation, biases in (("swiglu", False), ("geglu", False), ("gpt_oss", True), ("relu2", True)):
+        spec = ExpertSpec(activation=activation, saved=saved)
+        case = make_case("some_unused", T=130, D=40, F=24, E=3, K=2, dtype=dtype, spec=spec, biases=biases)
+        monkeypatch.setattr(segments, "BLOCK", 2**18)
+        whole = run(SEGMENTS, case)
+        monkeypatch.setattr(segments, "BLOCK", 500)  # 10 to 20 rows
+        assert_close(run(SEGMENTS, case), whole, tolerance=tolerance)
 
 
 def test_keeps_less_than_the_plain_loop() -> None:
