@@ -127,20 +127,16 @@ def draw_case(skew: str, shape: Layer, dtype: str, device: torch.device) -> Case
     return dataclasses.replace(case, expert_N=draw_rows(skew, shape, torch.Generator().manual_seed(1)).to(device))
 
 
-def check_answer(contender: ExpertsBackend, shape: Layer, dtype: str, skew: str, device: torch.device) -> None:
-    """Raise AssertionError unless output and gradients on these widths equal the reference."""
-    case = draw_case(skew, shape._replace(T=min(shape.T, CHECKED_TOKENS)), dtype, device)
-    assert_close(run(contender, case), run_reference(case), tolerance=TOLERANCE[dtype])
-
-
 def contenders(
     shape: Layer, dtype: str, skew: str, device: torch.device, wanted: tuple[str, ...]
 ) -> tuple[dict[str, ExpertsBackend], dict[str, str]]:
-    """Return what runs here and answers right, by name, and why the others are left out."""
+    """Return what runs here, output and gradients equal to the reference, by name, and why the others are left out."""
     unknown = sorted(set(wanted) - {*BACKENDS, *PEERS})
     if unknown:
         raise ValueError(f"no contender is called {', '.join(unknown)}; known are {', '.join([*BACKENDS, *PEERS])}")
     request = Request(**shape._asdict(), dtype=DTYPES[dtype], device=device)
+    checked = draw_case(skew, shape._replace(T=min(shape.T, CHECKED_TOKENS)), dtype, device)
+    expected = run_reference(checked)
     running: dict[str, ExpertsBackend] = {}
     skipped: dict[str, str] = {}
     for name in (name for name in (*BACKENDS, *PEERS) if not wanted or name in wanted):
@@ -153,7 +149,7 @@ def contenders(
             continue
         try:
             contender = BACKENDS[name] if name in BACKENDS else PEERS[name][1](request)
-            check_answer(contender, shape, dtype, skew, device)
+            assert_close(run(contender, checked), expected, tolerance=TOLERANCE[dtype])
         except Exception as error:  # a foreign adapter may fail in any way; our own must not
             if name in BACKENDS:
                 raise

@@ -31,6 +31,7 @@ from moe.parallel.groups import ParallelGroups
 from moe.recipe import Recipe, read_recipe
 from moe.recipe import main as run_recipe
 from moe.report import ReportInput, print_evaluation
+from moe.routing import RouterContext
 from moe.run import RecipeError, read_rows
 from moe.sample import complete
 from moe.train.evaluate import evaluate
@@ -75,6 +76,7 @@ def eval_run(run: Run, /, *, sequences: int = 64) -> None:
         sequence_length=recipe.batch.sequence_length,
         batch_sequences=recipe.batch.micro_sequences,
         max_sequences=sequences,
+        context=context_of(recipe, reader),
     )
     run_dir = reader.path.parent.parent
     print(f"{reader.path}")
@@ -125,6 +127,7 @@ def sample(
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            context=context_of(recipe, reader),
         )
     except ValueError as error:
         raise RecipeError(str(error)) from error
@@ -154,6 +157,11 @@ def open_run(path: Path) -> tuple[Recipe, CheckpointReader]:
     else:
         raise RecipeError(f"{path} is neither a run folder (no recipe.json) nor a checkpoint (no manifest.json)")
     return read_recipe(recipe_file), CheckpointReader.open(checkpoint)
+
+
+def context_of(recipe: Recipe, reader: CheckpointReader) -> RouterContext:
+    """Return what routers may know at the step of a checkpoint: a pool of experts may still have been growing."""
+    return RouterContext(seed=recipe.seed, step=reader.step, progress=reader.step / recipe.trainer.steps)
 
 
 def load_model(recipe: Recipe, reader: CheckpointReader) -> Model:

@@ -151,6 +151,7 @@ def _part(name: str) -> str:
         (".attention.", "attention"),
         (".moe.router.", "router"),
         (".moe.experts.", "experts"),
+        ("pools.", "experts"),
         (".moe.shared_expert.", "shared_expert"),
         (".feed_forward.", "feed_forward"),
     ):

@@ -22,7 +22,7 @@ from moe.experts import Experts
 from moe.model import Model
 
 # the last projection of each residual branch: attention, dense feed-forward and shared expert, routed experts
-_RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
+_RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", ".down_proj")
 
 
 @torch.no_grad()

@@ -84,10 +84,11 @@ class Recipe:
             check_finite(self.to_json())
             self.model.validate()
             self.parallel.validate(world_size=world_size)
-            if self.model.moe_layers:
-                check_expert_split(self.model.num_experts, self.parallel.ep_size)
+            for num_experts in self.model.pool_sizes:
+                check_expert_split(num_experts, self.parallel.ep_size)
             self.batch.validate(world_size=world_size, max_position_embeddings=self.model.max_position_embeddings)
             self.balance.validate()
+            self._validate_growth()
             self.optimizer.validate()
             self.trainer.validate()
             self.schedule.validate(steps=self.trainer.steps)
@@ -103,6 +104,14 @@ class Recipe:
             raise
         except ValueError as error:
             raise RecipeError(str(error)) from error
+
+    def _validate_growth(self) -> None:
+        schedule = self.model.reuse.schedule
+        if schedule != "none" and self.balance.scope == "lagged":
+            raise ValueError(
+                f"balance.scope = 'lagged' counts the steps before, when other experts were open (model.reuse.schedule "
+                f"= {schedule!r}); use balance.scope = 'global', or model.reuse.schedule = 'none'"
+            )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -27,7 +27,7 @@ class Routing:
     logits_TE: Tensor  # float32, raw; what the z-loss reads. Wider than E where zero-computation experts are scored
     probs_TE: Tensor  # float32, rows sum to 1; what the balance loss reads
     valid_T: Tensor | None = None  # bool, False on padding: not dispatched, not counted
-    active_E: Tensor | None = None  # bool, experts open at this step (pool growth); None means all
+    active_E: Tensor | None = None  # bool, experts open at this step (growing pool); None means all
     identity_weight_T: Tensor | None = None  # weight of the token itself (zero-computation experts)
     added_TD: Tensor | None = None  # what else zero-computation experts add to a token, float32 or wider
     loss_sum: Tensor | None = None  # scalar with gradient: the router's own loss, summed over valid tokens, weighted
@@ -48,3 +48,5 @@ class RouterContext:
     valid_T: Tensor | None = None  # bool
     position_T: Tensor | None = None  # int64
     token_T: Tensor | None = None  # int64, the id of each token in the vocabulary
+    open_E: Tensor | None = None  # bool, experts that may be chosen at this step (growing pool); None means all
+    use_zero_score: bool = False  # the others take part in the softmax and lose their score after it, not before

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe.blocks.cache import KeyValueCache
 from moe.model import Model
+from moe.routing import RouterContext
 
 
 @torch.no_grad()
@@ -21,6 +22,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     eos_token_id: int | None = None,
+    context: RouterContext | None = None,
 ) -> list[int]:
     """Return the ids that follow the prompt: at most `max_new_tokens`, fewer if `eos_token_id` comes (not
     returned).
@@ -32,6 +34,7 @@ def generate(
         temperature: 0 takes the likeliest token.
         top_k: draw among the k likeliest only; 0 means all.
         top_p: draw among the likeliest that together have this probability (arXiv 1904.09751); 1 means all.
+        context: how far the training has come, for routers that change with it; None means that it is over.
 
     Raises:
         ValueError: an argument out of its range, or more tokens than the model has positions.
@@ -46,7 +49,7 @@ def generate(
         new_ids: list[int] = []
         input_ids = list(prompt_ids)
         while len(new_ids) < max_new_tokens:
-            logits_1SV, _ = model(torch.tensor([input_ids], device=device), cache=cache)
+            logits_1SV, _ = model(torch.tensor([input_ids], device=device), cache=cache, context=context)
             # float64 on the CPU: the draw is the same on every device
             next_id = _draw(logits_1SV[0, -1].double().cpu(), temperature, top_k, top_p, generator)
             if next_id == eos_token_id:
@@ -114,6 +117,7 @@ def complete(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    context: RouterContext | None = None,
 ) -> str:
     """Return the text that follows `prompt`, cut to what the model's positions hold. Arguments as for `generate`."""
     # seconds to import; only text needs it
@@ -134,5 +138,6 @@ def complete(
         top_p=top_p,
         seed=seed,
         eos_token_id=eos_token_id,
+        context=context,
     )
     return str(tokenizer.decode(new_ids))

@@ -14,13 +14,19 @@ class LoadFigures:
     dead_expert_frac: float  # share of experts without a single token
 
 
-def load_figures(tokens_per_expert_LE: Tensor) -> LoadFigures:
-    """Return the figures of integer counts [L, E]; a layer without any token counts as even."""
+def load_figures(tokens_per_expert_LE: Tensor, active_LE: Tensor | None = None) -> LoadFigures:
+    """Return the figures of integer counts [L, E]; a layer without any token counts as even.
+
+    Experts that are not active, which could not be chosen, are left out. None means that all are.
+    """
     counts_LE = tokens_per_expert_LE.double()
-    mean_L1 = counts_LE.mean(-1, keepdim=True)
-    ratio_LE = (counts_LE / mean_L1).where(mean_L1 > 0, 1.0)
+    active_LE = counts_LE.new_ones(counts_LE.shape) if active_LE is None else active_LE.double()
+    num_active_L1 = active_LE.sum(-1, keepdim=True)
+    mean_L1 = counts_LE.sum(-1, keepdim=True) / num_active_L1
+    ratio_LE = (counts_LE / mean_L1).where(mean_L1 > 0, active_LE)
+    variance_L1 = ((ratio_LE - 1).square() * active_LE).sum(-1, keepdim=True) / num_active_L1
     return LoadFigures(
         max_over_mean=ratio_LE.amax(-1).mean().item(),
-        cv=ratio_LE.std(-1, correction=0).mean().item(),
-        dead_expert_frac=(ratio_LE == 0).double().mean().item(),
+        cv=variance_L1.sqrt().mean().item(),
+        dead_expert_frac=((ratio_LE == 0).double() * active_LE).sum().item() / active_LE.sum().item(),
     )

@@ -7,6 +7,7 @@ in `forward`, so recomputation cannot count twice.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe.routing import Routing
@@ -14,10 +15,15 @@ from moe.routing import Routing
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RouterStatistics:
-    """Sums over the valid tokens of one micro-batch of B sequences. L counts routings: layers times rounds."""
+    """Sums over the valid tokens of one micro-batch of B sequences. L counts routings: layers times rounds.
+
+    E is that of the layer with most experts. Where a layer has fewer, or not all of them are open, its sums of
+    probabilities are scaled by their number over E, which makes the loss E * sum_i f_i P_i 1 at uniform load over them.
+    """
 
     tokens_per_expert_BLE: Tensor  # int64, no gradient
     prob_sum_BLE: Tensor  # float32; the gradient of the load-balancing loss flows through it
+    active_LE: Tensor | None  # bool, False where there is no expert or a closed one; None means all
     z_sum_L: Tensor  # float32, sum of logsumexp(logits)^2, with gradient
     entropy_sum_L: Tensor  # float32, sum of the entropy of probs in nats, with gradient
     router_loss_sum_L: Tensor  # float32, sum of the routers' own losses, already weighted, with gradient
@@ -41,16 +47,40 @@ def collect(routings: list[Routing], *, num_sequences: int = 1) -> RouterStatist
     """
     if not routings:
         raise ValueError("a model without MoE layers returns no routing to collect statistics from")
+    E = max(routing.assignment.num_experts for routing in routings)
     rows = [_one(routing, num_sequences) for routing in routings]
     counts, prob_sums, z_sums, entropies, router_losses, num_tokens = (list(c) for c in zip(*rows, strict=True))
+    active_LE = _active(routings, E)
+    prob_sum_BLE = torch.stack([_widened(prob_sum_BE, E) for prob_sum_BE in prob_sums], dim=1)
+    if active_LE is not None:
+        prob_sum_BLE = prob_sum_BLE * (active_LE.sum(-1, keepdim=True) / E).to(prob_sum_BLE.dtype)
     return RouterStatistics(
-        tokens_per_expert_BLE=torch.stack(counts, dim=1),
-        prob_sum_BLE=torch.stack(prob_sums, dim=1),
+        tokens_per_expert_BLE=torch.stack([_widened(counts_BE, E) for counts_BE in counts], dim=1),
+        prob_sum_BLE=prob_sum_BLE,
+        active_LE=active_LE,
         z_sum_L=torch.stack(z_sums),
         entropy_sum_L=torch.stack(entropies),
         router_loss_sum_L=torch.stack(router_losses),
         num_tokens=num_tokens[0],
     )
+
+
+def _widened(values_BE: Tensor, num_experts: int) -> Tensor:
+    """Return the values with zeros for experts that other layers have more."""
+    return F.pad(values_BE, (0, num_experts - values_BE.shape[1])) if values_BE.shape[1] < num_experts else values_BE
+
+
+def _active(routings: list[Routing], num_experts: int) -> Tensor | None:
+    """Return which of the widest layer's experts each routing could choose, bool [L, E]; None means all."""
+    if all(r.active_E is None and r.assignment.num_experts == num_experts for r in routings):
+        return None
+    rows = []
+    for routing in routings:
+        active_E = routing.active_E
+        if active_E is None:
+            active_E = torch.ones(routing.assignment.num_experts, dtype=torch.bool, device=routing.logits_TE.device)
+        rows.append(F.pad(active_E, (0, num_experts - active_E.shape[0])))
+    return torch.stack(rows)
 
 
 def _one(routing: Routing, num_sequences: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from moe.blocks.cache import LayerCache
 from moe.blocks.chain import ChainConfig, run_chain
 from moe.blocks.feed_forward import FeedForward
 from moe.blocks.norm import RMSNorm
+from moe.experts import Experts
 from moe.layer import MoELayer
 from moe.routing import RouterContext, Routing
 
@@ -59,8 +60,13 @@ class Block(nn.Module):
         sin_BSc: Tensor,
         context: RouterContext,
         cache: LayerCache | None = None,
+        experts: Experts | None = None,
     ) -> tuple[Tensor, list[Routing]]:
-        """Return (x_BSD, the routings of this layer, one per round; none if it is dense)."""
+        """Return (x_BSD, the routings of this layer, one per round; none if it is dense).
+
+        Args:
+            experts: the pool, for an MoE layer that shares it with others.
+        """
         # a recomputed attention would append to the cache twice
         is_recomputed = self.activation_checkpointing and self.training and cache is None
         if is_recomputed:
@@ -68,16 +74,18 @@ class Block(nn.Module):
         else:
             x_BSD = self._attend(x_BSD, cos_BSc, sin_BSc, cache)
         if self.moe is not None:
-            return self._route(self.moe, x_BSD, context)
+            return self._route(self.moe, x_BSD, context, experts)
         return (_recomputed(self._feed, x_BSD) if is_recomputed else self._feed(x_BSD)), []
 
     def _attend(self, x_BSD: Tensor, cos_BSc: Tensor, sin_BSc: Tensor, cache: LayerCache | None = None) -> Tensor:
         return x_BSD + self.attention(self.attention_norm(x_BSD), cos_BSc, sin_BSc, cache)
 
-    def _route(self, moe: MoELayer, x_BSD: Tensor, context: RouterContext) -> tuple[Tensor, list[Routing]]:
+    def _route(
+        self, moe: MoELayer, x_BSD: Tensor, context: RouterContext, experts: Experts | None
+    ) -> tuple[Tensor, list[Routing]]:
         def run_round(u_BSD: Tensor, t: int) -> tuple[Tensor, list[Routing]]:
             use_shared_expert = t < self.chain.num_shared_runs
-            return moe(u_BSD, replace(context, round=t), use_shared_expert=use_shared_expert)
+            return moe(u_BSD, replace(context, round=t), experts=experts, use_shared_expert=use_shared_expert)
 
         return run_chain(x_BSD, chain=self.chain, norm=self.feed_forward_norm, run_round=run_round)
 

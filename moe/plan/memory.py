@@ -93,12 +93,13 @@ def plan_text(
     tokens = steps * batch.tokens
     forward = flops_per_token(model, batch.sequence_length)
     in_rounds = f" in each of {model.chain.rounds} rounds" if model.chain.rounds > 1 else ""
+    shared_by = f" each, pools over {model.reuse.group_size} layers" if model.reuse.group_size > 1 else ""
     times = 4 if parallel.activation_checkpointing else 3
     rows = [
         ("parameters", f"{count.total:,} total, {count.active:,} active per token"),
         (
             "experts",
-            f"{len(model.moe_layers)} of {model.num_hidden_layers} layers, {model.num_experts} experts, "
+            f"{len(model.moe_layers)} of {model.num_hidden_layers} layers, {model.num_experts} experts{shared_by}, "
             f"{model.num_experts_per_tok} per token{in_rounds}; {count.experts:,} parameters",
         ),
         ("ranks", f"{world_size}, expert parallel {parallel.ep_size}, ZeRO {parallel.zero_stage}, {parallel.dtype}"),

@@ -45,6 +45,13 @@ class RouterConfig:
         """Raise ValueError with the value, the limit and the remedy if the router cannot be built."""
         raise NotImplementedError
 
+    def check_can_close_experts(self) -> None:
+        """Raise ValueError with the remedy unless the router obeys RouterContext.open_E (growing pools)."""
+        raise ValueError(
+            f"router kind {self.kind!r} cannot leave closed experts out, which model.reuse.schedule asks for; use kind "
+            "'topk', or model.reuse.schedule = 'none'"
+        )
+
     def build(self, *, hidden_size: int, num_experts: int, num_experts_per_tok: int, layer_index: int) -> Router:
         """Return the router of one layer, weights uninitialised."""
         raise NotImplementedError

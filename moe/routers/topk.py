@@ -70,6 +70,14 @@ class TopKConfig(RouterConfig):
         if self.bias_update_rate < 0:
             raise ValueError(f"router.bias_update_rate = {self.bias_update_rate} must not be negative")
 
+    def check_can_close_experts(self) -> None:
+        for name, is_used in (("n_group", self.n_group > 1), ("use_selection_bias", self.use_selection_bias)):
+            if is_used:
+                raise ValueError(
+                    f"router.{name} = {getattr(self, name)} does not go with a growing pool: groups may be closed, and "
+                    "closed experts would gather bias; leave it out, or set model.reuse.schedule = 'none'"
+                )
+
     def build(self, *, hidden_size: int, num_experts: int, num_experts_per_tok: int, layer_index: int) -> "TopKRouter":
         return TopKRouter(
             config=self,
@@ -107,10 +115,24 @@ class TopKRouter(LinearRouter):
 
     def forward(self, x_TD: Tensor, context: RouterContext) -> Routing:
         logits_TE = self.logits(self._noised(x_TD, context))
-        probs_TE, score_TE = self._scores(logits_TE)
-        expert_TK = self._choose(score_TE)
-        assignment = self.assign(expert_TK, self._weights(logits_TE, score_TE, expert_TK), context)
-        return Routing(assignment=assignment, logits_TE=logits_TE, probs_TE=probs_TE, valid_T=context.valid_T)
+        open_E = context.open_E
+        if open_E is None:
+            probs_TE, score_TE = self._scores(logits_TE)
+        else:
+            open_TE = logits_TE.masked_fill(~open_E, float("-inf"))
+            probs_TE, score_TE = self._scores(open_TE)  # probs are those of open experts and sum to one in any case
+            if context.use_zero_score:
+                score_TE = self._scores(logits_TE)[1]
+            else:
+                logits_TE = open_TE
+        expert_TK = self._choose(score_TE, open_E)
+        return Routing(
+            assignment=self.assign(expert_TK, self._weights(logits_TE, score_TE, expert_TK), context),
+            logits_TE=logits_TE,
+            probs_TE=probs_TE,
+            valid_T=context.valid_T,
+            active_E=open_E,
+        )
 
     @torch.no_grad()
     def end_step(self, tokens_per_expert_E: Tensor, context: RouterContext, *, num_tokens: int) -> None:
@@ -137,9 +159,9 @@ class TopKRouter(LinearRouter):
         return torch.softmax(F.logsigmoid(logits_TE), dim=-1), torch.sigmoid(logits_TE)
 
     @torch.no_grad()
-    def _choose(self, score_TE: Tensor) -> Tensor:
-        """Return the chosen experts [T, K], best first, all different."""
-        choice_TE = score_TE
+    def _choose(self, score_TE: Tensor, open_E: Tensor | None = None) -> Tensor:
+        """Return the chosen experts [T, K], best first, all different and open."""
+        choice_TE = score_TE if open_E is None else score_TE.masked_fill(~open_E, float("-inf"))
         if self.config.use_selection_bias:
             choice_TE = choice_TE + self.selection_bias
         if self.config.n_group > 1:

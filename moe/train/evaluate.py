@@ -13,6 +13,7 @@ from moe.balance.statistics import collect
 from moe.data.store import PreparedData
 from moe.data.tokens import Batch, validation_batches
 from moe.parallel.groups import ParallelGroups
+from moe.routing import RouterContext
 from moe.train.loss import language_model_loss
 
 
@@ -36,12 +37,14 @@ def evaluate(
     sequence_length: int,
     batch_sequences: int,
     max_sequences: int,
+    context: RouterContext | None = None,
 ) -> dict[str, DomainEvaluation]:
     """Return the evaluation of each domain by name. Collective; the model's training flag is restored.
 
     Args:
         batch_sequences: sequences in one forward of one rank.
         max_sequences: of each domain, at even distances in its held-out text.
+        context: how far the training has come, for routers that change with it; None means that it is over.
     """
     was_training = model.training
     model.eval()
@@ -56,6 +59,7 @@ def evaluate(
                     max_sequences=max_sequences,
                 ),
                 groups,
+                context,
                 bytes_per_token=domain.validation.num_bytes / max(1, domain.validation.num_tokens),
             )
             for domain in data.domains
@@ -65,14 +69,19 @@ def evaluate(
 
 
 def _evaluate_domain(
-    model: nn.Module, batches: Iterable[Batch], groups: ParallelGroups, *, bytes_per_token: float
+    model: nn.Module,
+    batches: Iterable[Batch],
+    groups: ParallelGroups,
+    context: RouterContext | None,
+    *,
+    bytes_per_token: float,
 ) -> DomainEvaluation:
     loss_sum = torch.zeros((), dtype=torch.float64, device=groups.device)
     num_tokens = torch.zeros((), dtype=torch.int64, device=groups.device)
     counts_LE: Tensor | None = None
     for batch in _share_of_rank(batches, groups):
         batch = batch.to(groups.device)
-        logits_BSV, routings = model(batch.token_BS, valid_BS=batch.valid_BS)
+        logits_BSV, routings = model(batch.token_BS, valid_BS=batch.valid_BS, context=context)
         loss_sum += language_model_loss(logits_BSV, batch.label_BS, batch.valid_BS).double()
         num_tokens += batch.valid_BS.sum()
         if routings:

@@ -58,13 +58,17 @@ class TrainStep:
         self._seed = seed
         self.load = GlobalLoad(scope=balance.scope, smoothing=balance.smoothing, group=groups.data_group)
 
+    def context(self, *, step: int, progress: float) -> RouterContext:
+        """Return what routers may know after `step` optimizer steps."""
+        return RouterContext(seed=self._seed, step=step, progress=progress)
+
     def run(self, batches: list[Batch], *, step: int, progress: float, learning_rate: float) -> StepRecord:
         """Return what the step did. Raises ValueError for a global batch without a valid token."""
         num_tokens = self._sum_int(sum(batch.num_valid for batch in batches))
         if num_tokens == 0:
             raise ValueError(f"step {step}: the global batch holds no valid token; check the data and its padding")
         self._engine.module.train()
-        context = RouterContext(seed=self._seed, step=step, progress=progress)
+        context = self.context(step=step, progress=progress)
         batches = [batch.to(self._groups.device) for batch in batches]
         if self._balance.scope == "exact" and len(batches) > 1:
             self._count(batches, context)
@@ -132,7 +136,7 @@ class TrainStep:
             grad_norm=result.grad_norm,
             is_skipped=result.is_skipped,
             bad_micro_batches=tuple(i for i, ok in enumerate(sums.is_finite) if not ok),
-            load=load_figures(counts_LE) if counts_LE is not None else None,
+            load=load_figures(counts_LE, sums.active_LE) if counts_LE is not None else None,
             tokens_per_expert_LE=counts_LE.cpu() if counts_LE is not None else None,
         )
 
@@ -152,6 +156,7 @@ class _StepSums:
     z: Tensor | float = 0.0
     entropy: Tensor | float = 0.0
     prob_sum_LE: Tensor | None = None
+    active_LE: Tensor | None = None  # the same in all micro-batches
     is_finite: list[Tensor] = field(default_factory=list)  # one flag a micro-batch
 
     def add(self, terms: LossTerms, statistics: RouterStatistics | None) -> None:
@@ -161,6 +166,7 @@ class _StepSums:
         if statistics is not None:
             self.z = self.z + statistics.z_sum_L.detach().double().sum()
             self.entropy = self.entropy + statistics.entropy_sum_L.detach().double().sum()
+            self.active_LE = statistics.active_LE
             prob_sum_LE = statistics.prob_sum_LE.detach().double()
             self.prob_sum_LE = prob_sum_LE if self.prob_sum_LE is None else self.prob_sum_LE + prob_sum_LE
 

@@ -184,6 +184,7 @@ class Trainer:
             sequence_length=self._batch.sequence_length,
             batch_sequences=self._batch.micro_sequences,
             max_sequences=self._config.eval_sequences,
+            context=self._train_step.context(step=self._step, progress=self._step / self._config.steps),
         )
         row: dict[str, Any] = {"step": self._step, "tokens": self._tokens}
         for name, result in evaluations.items():
