@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,9 +64,14 @@ def kill_and_compare(task: Task, root: Path) -> dict[str, Any]:
     while len(lost) < task.kills and _newest_step(broken) < task.steps:
         delay = moments.uniform(0, seconds / max(1, task.kills))
         trained, saved = _start_and_kill(broken, task, delay)
+        if not lost and saved == task.steps:
+            print(f"{delay:.2f} s was too late, the run had come to its end: from the start, and sooner", flush=True)
+            shutil.rmtree(broken.folder.path)
+            seconds /= 2
+            continue
         lost.append(trained - saved)
         print(
-            f"kill {len(lost)}: {delay:.2f} s after the first row, at step {trained}, newest save {saved}", flush=True
+            f"kill {len(lost)}: {delay:.2f} s after the first save, at step {trained}, newest save {saved}", flush=True
         )
     output, _ = _start(broken, task, "--resume").communicate()
     _expect_end(broken, task, output)
@@ -120,7 +126,10 @@ def _start(recipe: Recipe, task: Task, *flags: str) -> subprocess.Popen:
 
 
 def _start_and_kill(recipe: Recipe, task: Task, delay: float) -> tuple[int, int]:
-    """Kill all processes `delay` seconds after the first new row; return the steps trained and saved by then."""
+    """Kill all processes `delay` seconds after a new row, once something is saved; return the steps trained and saved.
+
+    Before the first save there is nothing to resume from, so a kill there shows nothing.
+    """
     process = _start(recipe, task, "--resume")
     assert process.stdout is not None
     said = []
@@ -130,6 +139,8 @@ def _start_and_kill(recipe: Recipe, task: Task, delay: float) -> tuple[int, int]
             break
     else:
         raise RuntimeError("".join(said))
+    while process.poll() is None and not list_checkpoints(recipe.folder.checkpoints_dir):
+        time.sleep(0.01)
     time.sleep(delay)
     # the workers of torchrun live in sessions of their own
     for pid in [process.pid, *_children(process.pid)]:
