@@ -70,9 +70,7 @@ def kill_and_compare(task: Task, root: Path) -> dict[str, Any]:
             seconds /= 2
             continue
         lost.append(trained - saved)
-        print(
-            f"kill {len(lost)}: {delay:.2f} s after the first save, at step {trained}, newest save {saved}", flush=True
-        )
+        print(f"kill {len(lost)}: {delay:.2f} s after a save, at step {trained}, newest save {saved}", flush=True)
     output, _ = _start(broken, task, "--resume").communicate()
     _expect_end(broken, task, output)
     old, new = _tensors(whole), _tensors(broken)
