@@ -6,6 +6,7 @@ here.
 
 from moe.blocks.chain import ChainConfig
 from moe.model import ModelConfig
+from moe.routers.cross_layer import ReuseConfig
 from moe.routers.topk import TopKConfig
 
 
@@ -93,4 +94,27 @@ def coe() -> ModelConfig:
         rope_theta=10000.0,
         router=TopKConfig(norm_topk_prob=False),
         chain=ChainConfig(rounds=2, residual="release"),
+    )
+
+
+def rexmoe() -> ModelConfig:
+    """Return ReXMoE 2.3B-A0.3B with R4 (arXiv 2510.17483): 32 layers of 64 experts, 256 to choose from in each.
+
+    Pools grow as in the paper: any experts, drawn at every step, and their scores set to zero. Vocabulary of LLaMA-2.
+    """
+    return ModelConfig(
+        vocab_size=32000,
+        hidden_size=512,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        num_experts=64,
+        num_experts_per_tok=8,
+        moe_intermediate_size=744,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        router=TopKConfig(norm_topk_prob=False),
+        reuse=ReuseConfig(group_size=4, schedule="linear", keep="random", mask="zero_score"),
     )

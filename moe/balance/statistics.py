@@ -23,11 +23,11 @@ class RouterStatistics:
 
     tokens_per_expert_BLE: Tensor  # int64, no gradient
     prob_sum_BLE: Tensor  # float32; the gradient of the load-balancing loss flows through it
-    active_LE: Tensor | None  # bool, False where there is no expert or a closed one; None means all
     z_sum_L: Tensor  # float32, sum of logsumexp(logits)^2, with gradient
     entropy_sum_L: Tensor  # float32, sum of the entropy of probs in nats, with gradient
     router_loss_sum_L: Tensor  # float32, sum of the routers' own losses, already weighted, with gradient
     num_tokens: Tensor  # int64 scalar
+    active_LE: Tensor | None = None  # bool, False where there is no expert or a closed one; None means all
 
     @property
     def tokens_per_expert_LE(self) -> Tensor:

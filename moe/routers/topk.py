@@ -125,7 +125,7 @@ class TopKRouter(LinearRouter):
                 score_TE = self._scores(logits_TE)[1]
             else:
                 logits_TE = open_TE
-        expert_TK = self._choose(score_TE, open_E)
+        expert_TK = self._choose(score_TE if open_E is None else score_TE.masked_fill(~open_E, float("-inf")))
         return Routing(
             assignment=self.assign(expert_TK, self._weights(logits_TE, score_TE, expert_TK), context),
             logits_TE=logits_TE,
@@ -159,9 +159,9 @@ class TopKRouter(LinearRouter):
         return torch.softmax(F.logsigmoid(logits_TE), dim=-1), torch.sigmoid(logits_TE)
 
     @torch.no_grad()
-    def _choose(self, score_TE: Tensor, open_E: Tensor | None = None) -> Tensor:
-        """Return the chosen experts [T, K], best first, all different and open."""
-        choice_TE = score_TE if open_E is None else score_TE.masked_fill(~open_E, float("-inf"))
+    def _choose(self, score_TE: Tensor) -> Tensor:
+        """Return the chosen experts [T, K], best first, all different."""
+        choice_TE = score_TE
         if self.config.use_selection_bias:
             choice_TE = choice_TE + self.selection_bias
         if self.config.n_group > 1:
