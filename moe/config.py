@@ -73,6 +73,11 @@ class ModelConfig:
         return tuple(place.num_members * self.num_experts for place in places.values())
 
     @property
+    def mean_experts_per_tok(self) -> float:
+        """Experts that the average token runs in a round of an MoE layer, as far as the router says it."""
+        return self.router.mean_experts_per_tok(self.num_experts_per_tok) if self.num_experts else 0.0
+
+    @property
     def routing_names(self) -> tuple[str, ...]:
         """What to call the routings of a forward pass, in order: the layer and, in a chain, the round."""
         rounds = [f" round {t + 1}" for t in range(self.chain.rounds)] if self.chain.rounds > 1 else [""]
@@ -141,11 +146,6 @@ class ModelConfig:
             raise ValueError(
                 f"model.moe_intermediate_size = {self.moe_intermediate_size} must be at least 1 with "
                 f"num_experts = {self.num_experts}"
-            )
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(
-                f"model.num_experts_per_tok = {self.num_experts_per_tok} must lie in 1..num_experts = "
-                f"{self.num_experts}"
             )
         self.chain.validate()
         self.reuse.validate()

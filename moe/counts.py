@@ -18,9 +18,10 @@ from moe.parallel.groups import ParallelGroups
 class ParameterCount:
     """Parameters of a whole model (all ranks together). `total` is the sum of the parts below it.
 
-    `active` is what one token passes: num_experts_per_tok experts of each MoE layer and everything else, in a
-    chain of experts as often as it passes them. It includes the embedding table and the head in full, as
-    published figures do; `active - embedding` leaves the table out.
+    `active` is what the average token passes: as many experts of each MoE layer as its router says
+    (num_experts_per_tok, or the target it holds) and everything else, in a chain of experts as often as it
+    passes them. It includes the embedding table and the head in full, as published figures do;
+    `active - embedding` leaves the table out.
     """
 
     total: int
@@ -91,10 +92,10 @@ class ExpertCompute:
     def of(cls, config: ModelConfig) -> "ExpertCompute":
         """Return the compute of a model's MoE layer."""
         width = (
-            config.chain.rounds * config.num_experts_per_tok * config.moe_intermediate_size
+            config.chain.rounds * config.mean_experts_per_tok * config.moe_intermediate_size
             + config.chain.num_shared_runs * config.shared_expert_intermediate_size
         )
-        return cls(num_expert_runs=width / config.moe_intermediate_size, flops=6 * config.hidden_size * width)
+        return cls(num_expert_runs=width / config.moe_intermediate_size, flops=round(6 * config.hidden_size * width))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +135,7 @@ def match_compute(config: ModelConfig) -> ComputeMatch:
 
 def _active(config: ModelConfig, experts: int) -> int:
     """Return how many of all experts' parameters one token passes, each as often as a chain runs it."""
-    return experts // config.num_experts * config.num_experts_per_tok * config.chain.rounds if experts else 0
+    return round(experts // config.num_experts * config.mean_experts_per_tok * config.chain.rounds) if experts else 0
 
 
 def _parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:

@@ -60,7 +60,7 @@ def _activations(model: ModelConfig, batch: BatchConfig, parallel: ParallelConfi
     key_value = 2 * model.num_key_value_heads * model.attention_head_dim
     attention = 3 * D + 2 * query + key_value
     # the expert kernels keep their input and the pre-activation of gate and up, nothing else
-    routed = D + 2 * model.moe_intermediate_size * model.num_experts_per_tok
+    routed = D + round(2 * model.moe_intermediate_size * model.mean_experts_per_tok)
     shared = 4 * model.shared_expert_intermediate_size
     rounds = model.chain.rounds
     num_moe = len(model.moe_layers)
@@ -100,9 +100,12 @@ def plan_text(
         (
             "experts",
             f"{len(model.moe_layers)} of {model.num_hidden_layers} layers, {model.num_experts} experts{shared_by}, "
-            f"{model.num_experts_per_tok} per token{in_rounds}; {count.experts:,} parameters",
+            f"{model.mean_experts_per_tok:g} per token{in_rounds}; {count.experts:,} parameters",
         ),
-        ("ranks", f"{world_size}, expert parallel {parallel.ep_size}, ZeRO {parallel.zero_stage}, {parallel.dtype}"),
+        (
+            "ranks",
+            f"{world_size}, expert parallel {parallel.ep_size}, ZeRO {parallel.stage_on(world_size)}, {parallel.dtype}",
+        ),
         (
             "batch",
             f"{batch.global_sequences} sequences of {batch.sequence_length} = {batch.tokens:,} tokens; "

@@ -42,8 +42,16 @@ class RouterConfig:
     is_causal: ClassVar[bool] = True  # the choice for a token looks at no later one
 
     def validate(self, *, num_experts: int, num_experts_per_tok: int) -> None:
-        """Raise ValueError with the value, the limit and the remedy if the router cannot be built."""
-        raise NotImplementedError
+        """Raise ValueError with the value, the limit and the remedy if the router cannot be built.
+
+        Here: K must lie in 1..E. Kinds add what is theirs, and replace this where K means something else.
+        """
+        if not 1 <= num_experts_per_tok <= num_experts:
+            raise ValueError(f"num_experts_per_tok = {num_experts_per_tok} must lie in 1..num_experts = {num_experts}")
+
+    def mean_experts_per_tok(self, num_experts_per_tok: int) -> float:
+        """Return how many experts the average token runs, as far as the configuration says: what plans count with."""
+        return num_experts_per_tok
 
     def check_can_close_experts(self) -> None:
         """Raise ValueError with the remedy unless the router obeys RouterContext.open_E (growing pools)."""

@@ -31,7 +31,7 @@ PROPORTIONAL, INTEGRAL = 0.05, 0.02  # gains of the controller; seen to settle w
 @register("dynamic_confidence")
 @dataclass(frozen=True, kw_only=True)
 class DynamicConfidenceConfig(RouterConfig):
-    """Dynamic confidence router. model.num_experts_per_tok is what counts and plans take for the mean."""
+    """Dynamic confidence router. Plans take model.num_experts_per_tok, or the target, for the mean."""
 
     threshold: float = 0.4
     min_k: int = 1
@@ -44,6 +44,7 @@ class DynamicConfidenceConfig(RouterConfig):
     """Hold this mean number of experts by moving the threshold; 0 leaves the threshold alone."""
 
     def validate(self, *, num_experts: int, num_experts_per_tok: int) -> None:
+        super().validate(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
         if self.threshold < 0:
             raise ValueError(f"router.threshold = {self.threshold} must not be negative; 0 chooses min_k experts")
         most = num_experts if self.max_k is None else self.max_k
@@ -67,17 +68,11 @@ class DynamicConfidenceConfig(RouterConfig):
                 "language-model loss; set router.norm_topk_prob to False"
             )
 
-    def build(
-        self, *, hidden_size: int, num_experts: int, num_experts_per_tok: int, layer_index: int
-    ) -> "DynamicConfidenceRouter":
-        self.validate(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
-        return DynamicConfidenceRouter(
-            config=self,
-            hidden_size=hidden_size,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            layer_index=layer_index,
-        )
+    def mean_experts_per_tok(self, num_experts_per_tok: int) -> float:
+        return self.target_experts_per_tok or num_experts_per_tok
+
+    def build(self, **sizes: int) -> "DynamicConfidenceRouter":
+        return DynamicConfidenceRouter(config=self, **sizes)
 
 
 class DynamicConfidenceRouter(LinearRouter):
@@ -86,23 +81,10 @@ class DynamicConfidenceRouter(LinearRouter):
     threshold: Tensor
     error_sum: Tensor
 
-    def __init__(
-        self,
-        *,
-        config: DynamicConfidenceConfig,
-        hidden_size: int,
-        num_experts: int,
-        num_experts_per_tok: int,
-        layer_index: int,
-    ) -> None:
-        super().__init__(
-            hidden_size=hidden_size,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            layer_index=layer_index,
-        )
+    def __init__(self, *, config: DynamicConfidenceConfig, **sizes: int) -> None:
+        super().__init__(config=config, **sizes)
         self.config = config
-        self.max_k = num_experts if config.max_k is None else config.max_k
+        self.max_k = self.num_candidates if config.max_k is None else config.max_k
         if config.target_experts_per_tok:
             self.register_state("threshold", torch.tensor(config.threshold))
             self.register_state("error_sum", torch.tensor(0.0))

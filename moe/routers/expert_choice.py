@@ -32,42 +32,22 @@ class ExpertChoiceConfig(RouterConfig):
     def validate(self, *, num_experts: int, num_experts_per_tok: int) -> None:
         if not self.allow_noncausal:
             raise ValueError(NONCAUSAL.format(kind=self.kind, why="an expert compares a token with later ones"))
-        if not 1 <= num_experts_per_tok <= num_experts:
-            raise ValueError(f"num_experts_per_tok = {num_experts_per_tok} must lie in 1..num_experts = {num_experts}")
+        super().validate(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
         if self.capacity_factor <= 0:
             raise ValueError(f"router.capacity_factor = {self.capacity_factor} must be positive")
 
-    def build(
-        self, *, hidden_size: int, num_experts: int, num_experts_per_tok: int, layer_index: int
-    ) -> "ExpertChoiceRouter":
-        self.validate(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
-        return ExpertChoiceRouter(
-            config=self,
-            hidden_size=hidden_size,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            layer_index=layer_index,
-        )
+    def mean_experts_per_tok(self, num_experts_per_tok: int) -> float:
+        return self.capacity_factor * num_experts_per_tok
+
+    def build(self, **sizes: int) -> "ExpertChoiceRouter":
+        return ExpertChoiceRouter(config=self, **sizes)
 
 
 class ExpertChoiceRouter(LinearRouter):
     """Parameter `weight` [E, D]. Returns a ragged list of E * c rows, expert by expert."""
 
-    def __init__(
-        self,
-        *,
-        config: ExpertChoiceConfig,
-        hidden_size: int,
-        num_experts: int,
-        num_experts_per_tok: int,
-        layer_index: int,
-    ) -> None:
-        super().__init__(
-            hidden_size=hidden_size,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            layer_index=layer_index,
-        )
+    def __init__(self, *, config: ExpertChoiceConfig, **sizes: int) -> None:
+        super().__init__(config=config, **sizes)
         self.config = config
 
     def forward(self, x_TD: Tensor, context: RouterContext) -> Routing:

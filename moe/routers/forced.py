@@ -26,36 +26,19 @@ class ForcedConfig(RouterConfig):
     skew: float = 0.5
 
     def validate(self, *, num_experts: int, num_experts_per_tok: int) -> None:
-        if not 1 <= num_experts_per_tok <= num_experts:
-            raise ValueError(f"num_experts_per_tok = {num_experts_per_tok} must lie in 1..num_experts = {num_experts}")
+        super().validate(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
         if not 0 <= self.skew <= 1:
             raise ValueError(f"router.skew = {self.skew} must lie in [0, 1]")
 
-    def build(
-        self, *, hidden_size: int, num_experts: int, num_experts_per_tok: int, layer_index: int
-    ) -> "ForcedRouter":
-        self.validate(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
-        return ForcedRouter(
-            config=self,
-            hidden_size=hidden_size,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            layer_index=layer_index,
-        )
+    def build(self, **sizes: int) -> "ForcedRouter":
+        return ForcedRouter(config=self, **sizes)
 
 
 class ForcedRouter(LinearRouter):
     """Parameter `weight` [E, D], which weighs experts and does not choose them."""
 
-    def __init__(
-        self, *, config: ForcedConfig, hidden_size: int, num_experts: int, num_experts_per_tok: int, layer_index: int
-    ) -> None:
-        super().__init__(
-            hidden_size=hidden_size,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            layer_index=layer_index,
-        )
+    def __init__(self, *, config: ForcedConfig, **sizes: int) -> None:
+        super().__init__(config=config, **sizes)
         self.config = config
 
     def forward(self, x_TD: Tensor, context: RouterContext) -> Routing:

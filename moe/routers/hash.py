@@ -22,10 +22,6 @@ class HashConfig(RouterConfig):
     hash_seed: int = 0
     differs_by_layer: bool = True
 
-    def validate(self, *, num_experts: int, num_experts_per_tok: int) -> None:
-        if not 1 <= num_experts_per_tok <= num_experts:
-            raise ValueError(f"num_experts_per_tok = {num_experts_per_tok} must lie in 1..num_experts = {num_experts}")
-
     def build(self, *, hidden_size: int, num_experts: int, num_experts_per_tok: int, layer_index: int) -> "HashRouter":
         self.validate(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
         key = (self.hash_seed, layer_index if self.differs_by_layer else 0)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.routers import Router
+from moe.routers import Router, RouterConfig
 from moe.routing import Assignment, RouterContext
 
 
@@ -18,14 +18,23 @@ class LinearRouter(Router):
     """Base of routers with one row of weights per score.
 
     Args:
+        config: of the router, validated here against the sizes.
         num_experts: experts a token may choose among.
         num_scores: rows of `weight`; more than num_experts where zero-computation experts are scored too.
     """
 
     def __init__(
-        self, *, hidden_size: int, num_experts: int, num_experts_per_tok: int, layer_index: int, num_scores: int = 0
+        self,
+        *,
+        config: RouterConfig,
+        hidden_size: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        layer_index: int,
+        num_scores: int = 0,
     ) -> None:
         super().__init__()
+        config.validate(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
         self.num_candidates = num_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.layer_index = layer_index

@@ -29,22 +29,14 @@ class ReLUConfig(RouterConfig):
     update_factor: float = 1.2
 
     def validate(self, *, num_experts: int, num_experts_per_tok: int) -> None:
-        if not 1 <= num_experts_per_tok <= num_experts:
-            raise ValueError(f"num_experts_per_tok = {num_experts_per_tok} must lie in 1..num_experts = {num_experts}")
+        super().validate(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
         if self.initial_coefficient <= 0:
             raise ValueError(f"router.initial_coefficient = {self.initial_coefficient} must be positive")
         if self.update_factor <= 1:
             raise ValueError(f"router.update_factor = {self.update_factor} must be above 1")
 
-    def build(self, *, hidden_size: int, num_experts: int, num_experts_per_tok: int, layer_index: int) -> "ReLURouter":
-        self.validate(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
-        return ReLURouter(
-            config=self,
-            hidden_size=hidden_size,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            layer_index=layer_index,
-        )
+    def build(self, **sizes: int) -> "ReLURouter":
+        return ReLURouter(config=self, **sizes)
 
 
 class ReLURouter(LinearRouter):
@@ -52,15 +44,8 @@ class ReLURouter(LinearRouter):
 
     coefficient: Tensor
 
-    def __init__(
-        self, *, config: ReLUConfig, hidden_size: int, num_experts: int, num_experts_per_tok: int, layer_index: int
-    ) -> None:
-        super().__init__(
-            hidden_size=hidden_size,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            layer_index=layer_index,
-        )
+    def __init__(self, *, config: ReLUConfig, **sizes: int) -> None:
+        super().__init__(config=config, **sizes)
         self.config = config
         self.register_state("coefficient", torch.tensor(config.initial_coefficient))
 

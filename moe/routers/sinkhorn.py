@@ -33,25 +33,15 @@ class SinkhornConfig(RouterConfig):
     def validate(self, *, num_experts: int, num_experts_per_tok: int) -> None:
         if not self.allow_noncausal:
             raise ValueError(NONCAUSAL.format(kind=self.kind, why="while training, its plan weighs later tokens too"))
-        if not 1 <= num_experts_per_tok <= num_experts:
-            raise ValueError(f"num_experts_per_tok = {num_experts_per_tok} must lie in 1..num_experts = {num_experts}")
+        super().validate(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
         if self.max_iterations < 1 or self.tolerance <= 0:
             raise ValueError(
                 f"router.max_iterations = {self.max_iterations} must be at least 1 and router.tolerance = "
                 f"{self.tolerance} positive"
             )
 
-    def build(
-        self, *, hidden_size: int, num_experts: int, num_experts_per_tok: int, layer_index: int
-    ) -> "SinkhornRouter":
-        self.validate(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
-        return SinkhornRouter(
-            config=self,
-            hidden_size=hidden_size,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            layer_index=layer_index,
-        )
+    def build(self, **sizes: int) -> "SinkhornRouter":
+        return SinkhornRouter(config=self, **sizes)
 
 
 @torch.no_grad()
@@ -75,15 +65,8 @@ def transport_plan(logits_TE: Tensor, *, max_iterations: int, tolerance: float) 
 class SinkhornRouter(LinearRouter):
     """Parameter `weight` [E, D]."""
 
-    def __init__(
-        self, *, config: SinkhornConfig, hidden_size: int, num_experts: int, num_experts_per_tok: int, layer_index: int
-    ) -> None:
-        super().__init__(
-            hidden_size=hidden_size,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            layer_index=layer_index,
-        )
+    def __init__(self, *, config: SinkhornConfig, **sizes: int) -> None:
+        super().__init__(config=config, **sizes)
         self.config = config
 
     def forward(self, x_TD: Tensor, context: RouterContext) -> Routing:

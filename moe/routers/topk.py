@@ -39,9 +39,8 @@ class TopKConfig(RouterConfig):
     router_jitter_noise: float = 0.0  # router input times U(1 - eps, 1 + eps) while training; the experts see x itself
 
     def validate(self, *, num_experts: int, num_experts_per_tok: int) -> None:
+        super().validate(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
         E, K = num_experts, num_experts_per_tok
-        if not 1 <= K <= E:
-            raise ValueError(f"num_experts_per_tok = {K} must lie in 1..num_experts = {E}")
         if self.n_group < 1 or E % self.n_group:
             raise ValueError(f"router.n_group = {self.n_group} does not divide num_experts = {E}")
         if not 1 <= self.topk_group <= self.n_group:
@@ -78,14 +77,8 @@ class TopKConfig(RouterConfig):
                     "closed experts would gather bias; leave it out, or set model.reuse.schedule = 'none'"
                 )
 
-    def build(self, *, hidden_size: int, num_experts: int, num_experts_per_tok: int, layer_index: int) -> "TopKRouter":
-        return TopKRouter(
-            config=self,
-            hidden_size=hidden_size,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            layer_index=layer_index,
-        )
+    def build(self, **sizes: int) -> "TopKRouter":
+        return TopKRouter(config=self, **sizes)
 
 
 class TopKRouter(LinearRouter):
@@ -93,25 +86,11 @@ class TopKRouter(LinearRouter):
 
     selection_bias: Tensor
 
-    def __init__(
-        self,
-        *,
-        config: TopKConfig,
-        hidden_size: int,
-        num_experts: int,
-        num_experts_per_tok: int,
-        layer_index: int,
-    ) -> None:
-        config.validate(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
-        super().__init__(
-            hidden_size=hidden_size,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            layer_index=layer_index,
-        )
+    def __init__(self, *, config: TopKConfig, **sizes: int) -> None:
+        super().__init__(config=config, **sizes)
         self.config = config
         if config.use_selection_bias:
-            self.register_state("selection_bias", torch.zeros(num_experts))
+            self.register_state("selection_bias", torch.zeros(self.num_candidates))
 
     def forward(self, x_TD: Tensor, context: RouterContext) -> Routing:
         logits_TE = self.logits(self._noised(x_TD, context))

@@ -83,17 +83,11 @@ class ZeroExpertsConfig(RouterConfig):
         if self.device_loss_coefficient and not 0 < self.target_experts_per_tok < num_experts_per_tok:
             raise ValueError("router.device_loss_coefficient needs 0 < target_experts_per_tok < num_experts_per_tok")
 
-    def build(
-        self, *, hidden_size: int, num_experts: int, num_experts_per_tok: int, layer_index: int
-    ) -> "ZeroExpertsRouter":
-        self.validate(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
-        return ZeroExpertsRouter(
-            config=self,
-            hidden_size=hidden_size,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            layer_index=layer_index,
-        )
+    def mean_experts_per_tok(self, num_experts_per_tok: int) -> float:
+        return self.target_experts_per_tok or num_experts_per_tok
+
+    def build(self, **sizes: int) -> "ZeroExpertsRouter":
+        return ZeroExpertsRouter(config=self, **sizes)
 
 
 class ZeroExpertsRouter(LinearRouter):
@@ -106,30 +100,16 @@ class ZeroExpertsRouter(LinearRouter):
     selection_bias: Tensor
     errors: Tensor
 
-    def __init__(
-        self,
-        *,
-        config: ZeroExpertsConfig,
-        hidden_size: int,
-        num_experts: int,
-        num_experts_per_tok: int,
-        layer_index: int,
-    ) -> None:
+    def __init__(self, *, config: ZeroExpertsConfig, num_experts: int, **sizes: int) -> None:
         num_scores = num_experts + config.num_free_experts
-        super().__init__(
-            hidden_size=hidden_size,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            layer_index=layer_index,
-            num_scores=num_scores,
-        )
+        super().__init__(config=config, num_experts=num_experts, num_scores=num_scores, **sizes)
         self.config = config
         self.register_state("selection_bias", torch.zeros(num_scores))
         if config.bias_update_rule == "pid":
             self.register_state("errors", torch.zeros(2, num_experts))
         if config.num_constant_experts:
-            self.constant_weight = nn.Parameter(torch.empty(config.num_constant_experts, 2, hidden_size))
-            self.constant_value = nn.Parameter(torch.empty(config.num_constant_experts, hidden_size))
+            self.constant_weight = nn.Parameter(torch.empty(config.num_constant_experts, 2, self.weight.shape[1]))
+            self.constant_value = nn.Parameter(torch.empty(config.num_constant_experts, self.weight.shape[1]))
 
     def forward(self, x_TD: Tensor, context: RouterContext) -> Routing:
         config, N = self.config, self.num_candidates

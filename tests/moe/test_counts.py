@@ -9,6 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from moe.blocks.chain import ChainConfig
 from moe.counts import count_parameters, flops_per_token, match_compute
 from moe.presets import coe
+from moe.routers.dynamic_confidence import DynamicConfidenceConfig
+from moe.routers.expert_choice import ExpertChoiceConfig
+from moe.routers.topk import TopKConfig
+from moe.routers.zero_experts import ZeroExpertsConfig
 from tiny import tiny_config, tiny_model, tiny_tokens
 
 V, D, L, H, G, d, E, K, F_EXPERT, F_DENSE, F_SHARED = 37, 20, 3, 4, 2, 6, 6, 2, 14, 22, 10
@@ -100,3 +104,24 @@ def assert_flops_equal_the_products(config):
     full_attention = B * S * 4 * L * H * d * S
     assert attention in (0, full_attention)
     assert flops_per_token(config, S) * B * S == matrices + full_attention // 2
+
+
+@pytest.mark.parametrize(
+    ("router", "mean"),
+    [
+        (TopKConfig(), 2),
+        (DynamicConfidenceConfig(), 2),
+        (DynamicConfidenceConfig(target_experts_per_tok=1.5), 1.5),
+        (ZeroExpertsConfig(target_experts_per_tok=1.25), 1.25),
+        (ExpertChoiceConfig(allow_noncausal=True, capacity_factor=0.5), 1),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int | float) else value.kind,
+)
+def test_active_parameters_and_operations_follow_the_mean_that_the_router_holds(router, mean):
+    config = replace(tiny_config(), num_experts=4, num_experts_per_tok=2, router=router)
+    plain = replace(config, router=TopKConfig())
+    per_expert = count_parameters(plain).experts // config.num_experts
+    saved = round((2 - mean) * per_expert)
+    other = count_parameters(config).router - count_parameters(plain).router
+    assert count_parameters(config).active == count_parameters(plain).active - saved + other
+    assert flops_per_token(config, 8) == flops_per_token(plain, 8) + 2 * (other - saved)
