@@ -9,17 +9,16 @@ difference of two steps is too noisy for it. Scope exact also counts: one more f
 gradients. One process has nobody to talk to: what the all-reduces of the other scopes cost is not in these figures.
 """
 
-import csv
 import dataclasses
 import datetime
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
+from result_rows import append_rows, current_commit
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -212,26 +211,6 @@ def bench(options: Options) -> list[Row]:
             )
         )
     return rows
-
-
-def current_commit() -> str:
-    """Return the commit checked out, marked "-dirty" if files differ from it, or "none" outside a repository."""
-    git = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    answer = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() if answer.returncode == 0 else "none"
-
-
-def append_rows(path: Path, rows: list[Row]) -> None:
-    """Add rows to a CSV. Raises ValueError if its columns are not those of Row."""
-    columns = [field.name for field in dataclasses.fields(Row)]
-    is_new = not path.exists()
-    if not is_new and (found := path.read_text().splitlines()[0].split(",")) != columns:
-        raise ValueError(f"{path} has the columns {found}, not {columns}; choose another --machine")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in rows)
 
 
 def main(options: Options) -> None:

@@ -10,20 +10,19 @@ compare with. In bf16, ours keeps float32 masters and accumulates gradients in f
 optimizer are bf16 alone, which is less work.
 """
 
-import csv
 import datetime
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 import tyro
+from result_rows import append_rows, current_commit
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -232,16 +231,14 @@ def main(
             )
     show(rows)
     if machine:
-        append(RESULTS / f"step_{machine}.csv", rows)
+        append_rows(RESULTS / f"step_{machine}.csv", rows)
 
 
 def stamp() -> dict[str, Any]:
     """Return what every row of one run shares."""
-    git = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit,
+        "commit": current_commit(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
@@ -258,16 +255,6 @@ def show(rows: list[Row]) -> None:
             f"{row.ours_is_faster_by:.2f}",
         )
     Console().print(table)
-
-
-def append(path: Path, rows: list[Row]) -> None:
-    """Add rows to a CSV file, with a header if it is new."""
-    is_new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/inspect_kernels.py                    all of sm_80, sm_90, sm_100 and gfx942
     python benchmarks/inspect_kernels.py --archs sm_90      one of them
-    python benchmarks/inspect_kernels.py --json FILE        and write the rows down
+    python benchmarks/inspect_kernels.py --json-path FILE   and write the rows down
     python benchmarks/inspect_kernels.py --roofline         the time each kernel needs at least, by shape, on an H200
 
 Nothing is timed and no GPU is needed. The launchers of moe_kernels run as they are, on empty tensors, with a driver

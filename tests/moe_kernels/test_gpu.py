@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moe_kernels.backends import BACKENDS
 from moe_kernels.spec import PLAIN, ExpertSpec
@@ -202,6 +203,10 @@ def test_compiled_and_checkpointed_layers_give_the_same_bits():
     y_TD = compiled(*leaves)
     gradients = torch.autograd.grad(y_TD, leaves, case.dy_TD)
     assert torch.equal(y_TD, plain.y_TD)
+    assert torch.equal(gradients[0], plain.dx_TD)
+    again = checkpoint(lambda *leaves: call(TRITON, case, leaves), *leaves, use_reentrant=False)
+    gradients = torch.autograd.grad(again, leaves, case.dy_TD)
+    assert torch.equal(again, plain.y_TD)
     assert torch.equal(gradients[0], plain.dx_TD)
 
 
