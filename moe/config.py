@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from moe.blocks.attention import QkNorm
 from moe.blocks.chain import ChainConfig
 from moe.routers import AnyRouter
+from moe.routers.capacity import CapacityConfig
 from moe.routers.cross_layer import PoolPlace, ReuseConfig
 from moe.routers.topk import TopKConfig
 
@@ -39,6 +40,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     initializer_range: float = 0.02  # standard deviation of initial weights
     router: AnyRouter = field(default_factory=TopKConfig)
+    capacity: CapacityConfig = field(default_factory=CapacityConfig)
     chain: ChainConfig = field(default_factory=ChainConfig)
     reuse: ReuseConfig = field(default_factory=ReuseConfig)
 
@@ -149,6 +151,12 @@ class ModelConfig:
             )
         self.chain.validate()
         self.reuse.validate()
+        self.capacity.validate(num_experts_per_tok=self.num_experts_per_tok)
+        if self.capacity.factor and not self.router.may_drop:
+            raise ValueError(
+                f"model.capacity.factor = {self.capacity.factor} does not go with router kind {self.router.kind!r}, "
+                "which holds the load of its experts itself; set it to 0, which drops nothing"
+            )
         # the experts of one layer too: a growing pool starts with so many
         for num_experts in sorted({self.num_experts, *self.pool_sizes}):
             self.router.validate(num_experts=num_experts, num_experts_per_tok=self.num_experts_per_tok)
@@ -183,7 +191,7 @@ class ModelConfig:
                     f"model.{name} = {value} needs experts, but model.num_experts = 0; "
                     f"set num_experts, or {name} to {type(value)()}"
                 )
-        for name, default in (("chain", ChainConfig()), ("reuse", ReuseConfig())):
+        for name, default in (("chain", ChainConfig()), ("reuse", ReuseConfig()), ("capacity", CapacityConfig())):
             if getattr(self, name) != default:
                 raise ValueError(
                     f"model.{name} = {getattr(self, name)} needs experts, but model.num_experts = 0; "

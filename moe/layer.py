@@ -1,6 +1,6 @@
 """MoELayer: route, dispatch, run, combine; plus the shared expert.
 
-x -> router -> plan            float32 and integers; never recomputed, so a recompute cannot route differently
+x -> router -> (drop) -> plan            float32 and integers; never recomputed, so a recompute cannot route differently
        |
        +-> dispatch -> experts -> combine -> + shared expert -> y      recomputed under activation checkpointing
 """
@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from moe.experts import Experts
 from moe.parallel.dispatch import Dispatcher, Plan
 from moe.routers import Router
+from moe.routers.capacity import CapacityConfig, drop
 from moe.routing import RouterContext, Routing
 
 
@@ -22,6 +23,8 @@ class MoELayer(nn.Module):
         dispatcher: moves rows between the ranks of the expert group.
         experts: the layer's own pool; None where layers share one, passed to forward.
         shared_expert: applied to every token and added.
+        capacity: how many rows an expert takes; the default drops nothing.
+        experts_per_tok: rows of the average token, which a capacity is reckoned from.
         activation_checkpointing: recompute everything after the router in backward.
     """
 
@@ -32,12 +35,16 @@ class MoELayer(nn.Module):
         dispatcher: Dispatcher,
         experts: Experts | None = None,
         shared_expert: nn.Module | None = None,
+        capacity: CapacityConfig | None = None,
+        experts_per_tok: float = 0.0,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.router = router
         self.experts = experts
         self.shared_expert = shared_expert
+        self.capacity = capacity if capacity is not None else CapacityConfig()
+        self.experts_per_tok = experts_per_tok
         self.activation_checkpointing = activation_checkpointing
         self._dispatcher = dispatcher
 
@@ -59,7 +66,9 @@ class MoELayer(nn.Module):
         assert pool is not None, "a layer without experts of its own needs a pool"
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         routing = self.router(x_TD, context)
-        plan = self._dispatcher.plan(routing.assignment, num_tokens=x_TD.shape[0])
+        routing = drop(routing, self.capacity, experts_per_tok=self.experts_per_tok, is_training=self.training)
+        assignment = routing.assignment if routing.kept is None else routing.kept
+        plan = self._dispatcher.plan(assignment, num_tokens=x_TD.shape[0])
         shared_expert = self.shared_expert if use_shared_expert else None
         if self.activation_checkpointing and self.training:
             y_TD = checkpoint(self._run, x_TD, plan, pool, shared_expert, use_reentrant=False, preserve_rng_state=False)

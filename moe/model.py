@@ -178,6 +178,8 @@ def _make_moe(
         dispatcher=make_dispatcher(groups, num_experts=num_experts),
         experts=_make_experts(config, num_experts, groups, backend) if config.reuse.group_size == 1 else None,
         shared_expert=shared_expert,
+        capacity=config.capacity,
+        experts_per_tok=config.mean_experts_per_tok,
         activation_checkpointing=activation_checkpointing,
     )
 

@@ -26,6 +26,7 @@ class Routing:
     assignment: Assignment
     logits_TE: Tensor  # float32, raw; what the z-loss reads. Wider than E where zero-computation experts are scored
     probs_TE: Tensor  # float32, rows sum to 1; what the balance loss reads
+    kept: Assignment | None = None  # what is left of the assignment where experts have a capacity; None means all of it
     valid_T: Tensor | None = None  # bool, False on padding: not dispatched, not counted
     active_E: Tensor | None = None  # bool, experts open at this step (growing pool); None means all
     identity_weight_T: Tensor | None = None  # weight of the token itself (zero-computation experts)

@@ -40,6 +40,9 @@ class BalanceConfig:
     z_coefficient: float = 0.0
     entropy_coefficient: float = 0.0
     """Of the mean entropy of a token's router probabilities, in nats; 1e-4 with dynamic confidence (2403.07652)."""
+    frequency: Literal["share", "per_token"] = "share"
+    """per_token: f sums to the mean experts per token, so that more experts cost more loss (2403.07652); 1 becomes that
+    mean. Scopes micro and exact only."""
     smoothing: float = 0.0
     """Scope lagged: share of the older steps in the counts; 0 takes the last step alone."""
 
@@ -52,6 +55,13 @@ class BalanceConfig:
             raise ValueError(
                 f"balance.local_coefficient = {self.local_coefficient} depends on how the batch is split, which scope "
                 f"{self.scope!r} promises not to; set it to 0, or use balance.scope = 'global'"
+            )
+        if self.frequency not in ("share", "per_token"):
+            raise ValueError(f"balance.frequency = {self.frequency!r} must be 'share' or 'per_token'")
+        if self.frequency == "per_token" and self.scope not in ("micro", "exact"):
+            raise ValueError(
+                f"balance.frequency = 'per_token' divides by the tokens in scope, which of scope {self.scope!r} nobody "
+                "counts; only 'micro' and 'exact' know them, so use one of these"
             )
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"balance.smoothing = {self.smoothing} must lie in [0, 1)")
@@ -68,12 +78,16 @@ class GlobalLoad:
 
     Args:
         scope: whose rows are counted.
+        is_per_token: counts are divided by tokens, not by rows; scopes micro and exact.
         smoothing: for scope lagged.
         group: all ranks with tokens of their own; None for one process.
     """
 
-    def __init__(self, *, scope: Scope, smoothing: float = 0.0, group: ProcessGroup | None) -> None:
+    def __init__(
+        self, *, scope: Scope, is_per_token: bool = False, smoothing: float = 0.0, group: ProcessGroup | None
+    ) -> None:
         self._scope = scope
+        self._is_per_token = is_per_token
         self._smoothing = smoothing
         self._group = group
         self._counts_LE: Tensor | None = None  # of the step so far; of this rank, or of all where the scope sums them
@@ -95,7 +109,13 @@ class GlobalLoad:
         self._counts_LE = counts_LE if self._counts_LE is None else self._counts_LE + counts_LE
         if self._scope == "sequence":
             return sequence_loss(statistics, num_tokens)
-        return load_balancing_loss(self._frequency(counts_LE), statistics.prob_sum_LE, num_tokens)
+        loss_L = load_balancing_loss(self._frequency(counts_LE), statistics.prob_sum_LE, num_tokens)
+        if not self._is_per_token:
+            return loss_L
+        if self._scope == "micro":
+            return loss_L * counts_LE.sum(-1) / statistics.num_tokens.clamp_min(1)
+        total_LE = self._expected_LE if self._expected_LE is not None else counts_LE
+        return loss_L * total_LE.sum(-1) / num_tokens
 
     def _frequency(self, counts_LE: Tensor) -> Tensor:
         if self._scope == "lagged":

@@ -26,6 +26,7 @@ class RouterStatistics:
     z_sum_L: Tensor  # float32, sum of logsumexp(logits)^2, with gradient
     entropy_sum_L: Tensor  # float32, sum of the entropy of probs in nats, with gradient
     router_loss_sum_L: Tensor  # float32, sum of the routers' own losses, already weighted, with gradient
+    num_dropped_L: Tensor  # int64, chosen rows that found no room
     num_tokens: Tensor  # int64 scalar
     active_LE: Tensor | None = None  # bool, False where there is no expert or a closed one; None means all
 
@@ -49,7 +50,9 @@ def collect(routings: list[Routing], *, num_sequences: int = 1) -> RouterStatist
         raise ValueError("a model without MoE layers returns no routing to collect statistics from")
     E = max(routing.assignment.num_experts for routing in routings)
     rows = [_one(routing, num_sequences) for routing in routings]
-    counts, prob_sums, z_sums, entropies, router_losses, num_tokens = (list(c) for c in zip(*rows, strict=True))
+    counts, prob_sums, z_sums, entropies, router_losses, dropped, num_tokens = (
+        list(column) for column in zip(*rows, strict=True)
+    )
     active_LE = _active(routings, E)
     prob_sum_BLE = torch.stack([_widened(prob_sum_BE, E) for prob_sum_BE in prob_sums], dim=1)
     if active_LE is not None:
@@ -61,6 +64,7 @@ def collect(routings: list[Routing], *, num_sequences: int = 1) -> RouterStatist
         z_sum_L=torch.stack(z_sums),
         entropy_sum_L=torch.stack(entropies),
         router_loss_sum_L=torch.stack(router_losses),
+        num_dropped_L=torch.stack(dropped),
         num_tokens=num_tokens[0],
     )
 
@@ -83,7 +87,7 @@ def _active(routings: list[Routing], num_experts: int) -> Tensor | None:
     return torch.stack(rows)
 
 
-def _one(routing: Routing, num_sequences: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _one(routing: Routing, num_sequences: int) -> tuple[Tensor, ...]:
     E = routing.assignment.num_experts
     probs_TE, logits_TE = routing.probs_TE, routing.logits_TE
     T = probs_TE.shape[0]
@@ -105,4 +109,7 @@ def _one(routing: Routing, num_sequences: int) -> tuple[Tensor, Tensor, Tensor, 
     bin_N = sequence_N * (E + 1) + routing.assignment.expert_N
     counts_BE = torch.bincount(bin_N, minlength=B * (E + 1)).view(B, E + 1)[:, :E]
     prob_sum_BE = probs_TE.reshape(B, T // B, probs_TE.shape[1]).sum(1)
-    return counts_BE, prob_sum_BE, z_T.sum(), entropy_T.sum(), router_loss, num_tokens
+    num_dropped = torch.zeros_like(num_tokens)
+    if routing.kept is not None:
+        num_dropped = ((routing.assignment.expert_N < E) & (routing.kept.expert_N == E)).sum()
+    return counts_BE, prob_sum_BE, z_T.sum(), entropy_T.sum(), router_loss, num_dropped, num_tokens

@@ -19,7 +19,7 @@ counts of the global batch; it is 0 for the zero-computation experts, which take
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from moe.routing import RouterContext, Routing
 class ZeroExpertsConfig(RouterConfig):
     """Router over real and zero-computation experts; model.num_experts_per_tok is K, of both kinds together."""
 
+    may_drop: ClassVar[bool] = False  # how many rows run is what its bias holds
     num_identity_experts: int = 4
     num_zero_experts: int = 0
     num_constant_experts: int = 0

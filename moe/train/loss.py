@@ -22,6 +22,7 @@ class LossTerms:
 
     total: Tensor  # scalar
     lm: Tensor  # scalar, detached
+    balance: Tensor | None  # scalar, weighted load-balancing loss of both terms, with gradient; None without MoE layers
     is_finite: Tensor  # bool scalar: loss and router logits are; if not, `total` is nan
 
 
@@ -49,22 +50,23 @@ def micro_batch_loss(
         num_tokens: valid tokens of the whole step; each has one label and, in every layer, one routing.
     """
     lm = lm_sum / num_tokens
-    total = lm
+    total, balance_term = lm, None
     if statistics is not None:
         # a coefficient of 0 still touches the graph, so that every recipe builds the same one
-        total = total + balance.coefficient * load.balance_loss(statistics, num_tokens).sum()
+        balance_term = balance.coefficient * load.balance_loss(statistics, num_tokens).sum()
+        if balance.local_coefficient:
+            local_LE = frequency(statistics.tokens_per_expert_LE)
+            local_L = load_balancing_loss(local_LE, statistics.prob_sum_LE, num_tokens)
+            balance_term = balance_term + balance.local_coefficient * local_L.sum()
+        total = total + balance_term
         total = total + balance.z_coefficient * z_loss(statistics.z_sum_L, num_tokens).sum()
         total = total + statistics.router_loss_sum_L.sum() / num_tokens
         if balance.entropy_coefficient:
             total = total + balance.entropy_coefficient * statistics.entropy_sum_L.sum() / num_tokens
-        if balance.local_coefficient:
-            local_LE = frequency(statistics.tokens_per_expert_LE)
-            local_L = load_balancing_loss(local_LE, statistics.prob_sum_LE, num_tokens)
-            total = total + balance.local_coefficient * local_L.sum()
     # logits that are not finite show in z_sum even where the loss does not see them
     is_finite = torch.isfinite(total)
     if statistics is not None:
         is_finite = is_finite & torch.isfinite(statistics.z_sum_L).all()
     # nan times the loss makes every gradient nan, on every rank after the reduction: the engine then skips the step
     total = total * torch.where(is_finite, 1.0, float("nan"))
-    return LossTerms(total=total, lm=lm.detach(), is_finite=is_finite)
+    return LossTerms(total=total, lm=lm.detach(), balance=balance_term, is_finite=is_finite)

@@ -5,6 +5,7 @@ each micro-batch: forward, statistics, balance over the scope, loss, backward ->
 step -> routers' end of step -> sums for the log.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,6 +22,7 @@ from moe.parallel.groups import ParallelGroups
 from moe.routing import RouterContext
 from moe.train.engine import Engine, StepResult
 from moe.train.loss import LossTerms, language_model_loss, micro_batch_loss
+from moe.train.router_gradients import RouterGradients, mean_ratio
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +35,9 @@ class StepRecord:
     load_balancing_loss: float  # of the whole global batch, uniform = 1, whatever the scope of the gradient
     z_loss: float
     router_entropy: float  # nats, mean over tokens and layers
-    experts_per_token: float
+    experts_per_token: float  # that ran
+    router_grad_ratio: float | None  # moe.train.router_gradients; None where it was not measured, or is 0 / 0
+    dropped_frac: float  # share of the chosen rows for which experts had no room
     grad_norm: float
     is_skipped: bool
     bad_micro_batches: tuple[int, ...]  # of this rank: those whose loss or router logits were not finite
@@ -56,14 +60,31 @@ class TrainStep:
         self._groups = groups
         self._balance = balance
         self._seed = seed
-        self.load = GlobalLoad(scope=balance.scope, smoothing=balance.smoothing, group=groups.data_group)
+        self.load = GlobalLoad(
+            scope=balance.scope,
+            is_per_token=balance.frequency == "per_token",
+            smoothing=balance.smoothing,
+            group=groups.data_group,
+        )
 
     def context(self, *, step: int, progress: float) -> RouterContext:
         """Return what routers may know after `step` optimizer steps."""
         return RouterContext(seed=self._seed, step=step, progress=progress)
 
-    def run(self, batches: list[Batch], *, step: int, progress: float, learning_rate: float) -> StepRecord:
-        """Return what the step did. Raises ValueError for a global batch without a valid token."""
+    def run(
+        self,
+        batches: list[Batch],
+        *,
+        step: int,
+        progress: float,
+        learning_rate: float,
+        measures_gradients: bool = False,
+    ) -> StepRecord:
+        """Return what the step did. Raises ValueError for a global batch without a valid token.
+
+        Args:
+            measures_gradients: fill `router_grad_ratio`, which costs a few passes over all router logits.
+        """
         num_tokens = self._sum_int(sum(batch.num_valid for batch in batches))
         if num_tokens == 0:
             raise ValueError(f"step {step}: the global batch holds no valid token; check the data and its padding")
@@ -72,7 +93,9 @@ class TrainStep:
         batches = [batch.to(self._groups.device) for batch in batches]
         if self._balance.scope == "exact" and len(batches) > 1:
             self._count(batches, context)
-        sums = _StepSums()
+        # DeepSpeed averages gradients over the ranks; the terms are shares of a sum
+        loss_scale = float(self._groups.world_size)
+        sums = _StepSums(gradients=RouterGradients(loss_scale=loss_scale) if measures_gradients else None)
         for batch in batches:
             self._micro_step(batch, context, num_tokens, sums)
         counts_LE = self.load.end_step() if sums.prob_sum_LE is not None else None
@@ -108,22 +131,30 @@ class TrainStep:
             balance=self._balance,
             num_tokens=num_tokens,
         )
-        # DeepSpeed averages gradients over the ranks; the terms are shares of a sum
+        if sums.gradients is not None and statistics is not None and terms.balance is not None:
+            sums.gradients.watch(routings, statistics, terms.balance)
         self._engine.backward(terms.total * self._groups.world_size)
+        if sums.gradients is not None and statistics is not None:
+            sums.gradients.finish()
         sums.add(terms, statistics)
 
     def _record(self, sums: "_StepSums", counts_LE: Tensor | None, num_tokens: int, result: StepResult) -> StepRecord:
         totals = sums.flat()
         if self._groups.data_group is not None:
             dist.all_reduce(totals, group=self._groups.data_group)
-        loss, lm_loss, z_sum, entropy_sum = totals[:4].tolist()
+        (loss, lm_loss, z_sum, entropy_sum, num_dropped), totals = totals[:5].tolist(), totals[5:]
+        ratio = math.nan
         if counts_LE is None:
-            balance = experts_per_token = z_mean = entropy = 0.0
+            balance = experts_per_token = dropped_frac = z_mean = entropy = 0.0
         else:
             num_rows = counts_LE.shape[0] * num_tokens
-            prob_sum_LE = totals[4:].reshape(counts_LE.shape)
+            prob_sum_LE = totals[: counts_LE.numel()].reshape(counts_LE.shape)
+            if sums.gradients is not None:
+                ratio = mean_ratio(totals[counts_LE.numel() :].reshape(2, -1))
             balance = load_balancing_loss(frequency(counts_LE), prob_sum_LE, num_tokens).mean().item()
-            experts_per_token = counts_LE.sum().item() / num_rows
+            num_chosen = counts_LE.sum().item()
+            experts_per_token = (num_chosen - num_dropped) / num_rows
+            dropped_frac = num_dropped / max(num_chosen, 1)
             z_mean, entropy = z_sum / num_rows, entropy_sum / num_rows
         return StepRecord(
             num_tokens=num_tokens,
@@ -133,6 +164,8 @@ class TrainStep:
             z_loss=z_mean,
             router_entropy=entropy,
             experts_per_token=experts_per_token,
+            router_grad_ratio=ratio if math.isfinite(ratio) else None,
+            dropped_frac=dropped_frac,
             grad_norm=result.grad_norm,
             is_skipped=result.is_skipped,
             bad_micro_batches=tuple(i for i, ok in enumerate(sums.is_finite) if not ok),
@@ -155,7 +188,9 @@ class _StepSums:
     lm: Tensor | float = 0.0
     z: Tensor | float = 0.0
     entropy: Tensor | float = 0.0
+    num_dropped: Tensor | float = 0.0
     prob_sum_LE: Tensor | None = None
+    gradients: RouterGradients | None = None
     active_LE: Tensor | None = None  # the same in all micro-batches
     is_finite: list[Tensor] = field(default_factory=list)  # one flag a micro-batch
 
@@ -166,17 +201,21 @@ class _StepSums:
         if statistics is not None:
             self.z = self.z + statistics.z_sum_L.detach().double().sum()
             self.entropy = self.entropy + statistics.entropy_sum_L.detach().double().sum()
+            self.num_dropped = self.num_dropped + statistics.num_dropped_L.double().sum()
             self.active_LE = statistics.active_LE
             prob_sum_LE = statistics.prob_sum_LE.detach().double()
             self.prob_sum_LE = prob_sum_LE if self.prob_sum_LE is None else self.prob_sum_LE + prob_sum_LE
 
     def flat(self) -> Tensor:
-        """Return one float64 vector: loss, lm, z, entropy, then the probability sums."""
+        """Return one float64 vector: loss, lm, z, entropy, dropped rows, the probability sums, squares of gradients."""
         assert isinstance(self.loss, Tensor)
         device = self.loss.device
-        values = (self.loss, self.lm, self.z, self.entropy)
+        values = (self.loss, self.lm, self.z, self.entropy, self.num_dropped)
         head = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
-        return head if self.prob_sum_LE is None else torch.cat([head, self.prob_sum_LE.flatten()])
+        if self.prob_sum_LE is None:
+            return head
+        squares = [self.gradients.squares().flatten()] if self.gradients is not None else []
+        return torch.cat([head, self.prob_sum_LE.flatten(), *squares])
 
 
 def _with_positions(context: RouterContext, batch: Batch) -> RouterContext:

@@ -90,7 +90,11 @@ class Trainer:
             learning_rate = self._optimizer.learning_rate * self._schedule.factor(self._step, steps=config.steps)
             before = snapshot(self._engine) if config.debug and self._is_unchecked else None
             record = self._train_step.run(
-                batches, step=self._step, progress=self._step / config.steps, learning_rate=learning_rate
+                batches,
+                step=self._step,
+                progress=self._step / config.steps,
+                learning_rate=learning_rate,
+                measures_gradients=self._is_due(config.log_every, step=self._step + 1),
             )
             elapsed = time.perf_counter() - started
             train_seconds, window_seconds = train_seconds + elapsed, window_seconds + elapsed
@@ -150,8 +154,9 @@ class Trainer:
         if request.stop_signal:
             raise StopRequestedError(128 + request.stop_signal)
 
-    def _is_due(self, every: int) -> bool:
-        return every > 0 and (self._step % every == 0 or self._step == self._config.steps)
+    def _is_due(self, every: int, *, step: int | None = None) -> bool:
+        at = self._step if step is None else step
+        return every > 0 and (at % every == 0 or at == self._config.steps)
 
     def _log(self, record: StepRecord, learning_rate: float, tokens_per_s: float, *, seconds_left: float) -> None:
         load = asdict(record.load) if record.load else {"max_over_mean": 1.0, "cv": 0.0, "dead_expert_frac": 0.0}
@@ -170,7 +175,9 @@ class Trainer:
             "moe/load_cv": load["cv"],
             "moe/dead_expert_frac": load["dead_expert_frac"],
             "moe/router_entropy": record.router_entropy,
+            "moe/router_grad_ratio": record.router_grad_ratio,
             "moe/experts_per_token": record.experts_per_token,
+            "moe/dropped_frac": record.dropped_frac,
         }
         if self._tracker is not None:
             self._tracker.log(row)

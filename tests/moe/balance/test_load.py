@@ -29,6 +29,7 @@ def statistics(rank: int, micro: int) -> RouterStatistics:
         z_sum_L=torch.zeros(2),
         entropy_sum_L=torch.zeros(2),
         router_loss_sum_L=torch.zeros(2),
+        num_dropped_L=torch.zeros(2, dtype=torch.int64),
         num_tokens=torch.tensor(6),
     )
 
@@ -119,6 +120,22 @@ def test_lagged_sees_the_steps_before_smoothed():
     torch.testing.assert_close(losses[2], formula(0.25 * COUNTS[0, 1] + 0.75 * COUNTS[1, 1], PROBS[0, 0]))
 
 
+def walk_per_token(scope: str) -> list[torch.Tensor]:
+    rank = dist.get_rank()
+    load = GlobalLoad(scope=scope, is_per_token=True, group=dist.group.WORLD)
+    if scope == "exact":
+        load.expect(COUNTS[rank].sum(0))
+    return [load.balance_loss(statistics(rank, m), NUM_TOKENS) for m in range(2)]
+
+
+@pytest.mark.parametrize("scope", ["micro", "exact"])
+def test_frequencies_per_token_sum_to_the_mean_number_of_experts(pool, scope):
+    for rank, losses in enumerate(pool.run(walk_per_token, scope, world_size=2)):
+        for micro, loss_L in enumerate(losses):
+            counts_LE, tokens = (COUNTS[rank, micro], 6) if scope == "micro" else (COUNTS.sum((0, 1)), NUM_TOKENS)
+            torch.testing.assert_close(loss_L, 3 * (counts_LE / tokens * PROBS[rank, micro] / NUM_TOKENS).sum(-1))
+
+
 def test_a_counting_pass_that_routed_differently_is_an_error():
     load = GlobalLoad(scope="exact", group=None)
     other_LE = COUNTS[0, 0].clone()
@@ -159,6 +176,8 @@ def test_figures_of_even_collapsed_and_empty_layers():
         ({"local_coefficient": -1}, "balance.local_coefficient = -1"),
         ({"local_coefficient": 0.1, "scope": "exact"}, "scope 'exact' promises not to; .* balance.scope = 'global'"),
         ({"local_coefficient": 0.1, "scope": "sequence"}, "scope 'sequence'"),
+        ({"frequency": "per_token"}, "only 'micro' and 'exact' know them"),
+        ({"frequency": "per_row", "scope": "micro"}, "must be 'share' or 'per_token'"),
         ({"smoothing": 0.5}, "needs balance.scope = 'lagged'"),
         ({"smoothing": 1.0, "scope": "lagged"}, r"must lie in \[0, 1\)"),
     ],
