@@ -19,8 +19,8 @@ from moe.routing import RouterContext, Routing
 from moe_kernels import reference
 
 D, F = 8, 6
-SIZES = [(1, 1), (4, 2), (7, 3), (16, 2), (7, 7)]  # E, K
-TOKENS = [0, 1, 5, 33]
+SIZES = [(1, 1), (4, 2), (7, 3), (64, 8), (7, 7)]  # E, K
+TOKENS = [0, 1, 5, 257]
 KINDS = list(ROUTERS)
 LEARNED = [kind for kind in KINDS if kind != "hash"]
 
