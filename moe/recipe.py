@@ -88,7 +88,7 @@ class Recipe:
                 check_expert_split(num_experts, self.parallel.ep_size)
             self.batch.validate(world_size=world_size, max_position_embeddings=self.model.max_position_embeddings)
             self.balance.validate()
-            self._validate_growth()
+            self._validate_routing()
             self.optimizer.validate()
             self.trainer.validate()
             self.schedule.validate(steps=self.trainer.steps)
@@ -105,8 +105,16 @@ class Recipe:
         except ValueError as error:
             raise RecipeError(str(error)) from error
 
-    def _validate_growth(self) -> None:
-        schedule = self.model.reuse.schedule
+    def _validate_routing(self) -> None:
+        """What a router and the balance of a run ask of each other."""
+        schedule, kind = self.model.reuse.schedule, self.model.router.kind
+        if self.model.num_experts and self.model.router.balances_itself:
+            for name in ("coefficient", "local_coefficient"):
+                if getattr(self.balance, name):
+                    raise ValueError(
+                        f"balance.{name} = {getattr(self.balance, name)}, but router kind {kind!r} makes loads even "
+                        "itself and a load-balancing loss would pull its scores apart from that; set it to 0"
+                    )
         if schedule != "none" and self.balance.scope == "lagged":
             raise ValueError(
                 f"balance.scope = 'lagged' counts the steps before, when other experts were open (model.reuse.schedule "

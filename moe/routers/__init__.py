@@ -40,6 +40,7 @@ class RouterConfig:
     __pydantic_config__ = {"extra": "forbid"}
     kind: ClassVar[str]
     is_causal: ClassVar[bool] = True  # the choice for a token looks at no later one
+    balances_itself: ClassVar[bool] = False  # loads are even by construction; a load-balancing loss would only disturb
     may_drop: ClassVar[bool] = True  # a capacity makes sense: nothing in the router counts on every row being run
 
     def validate(self, *, num_experts: int, num_experts_per_tok: int) -> None:

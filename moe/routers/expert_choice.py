@@ -24,6 +24,7 @@ class ExpertChoiceConfig(RouterConfig):
     """Expert choice router; capacity_factor 1 gives num_experts_per_tok experts to the average token."""
 
     is_causal: ClassVar[bool] = False
+    balances_itself: ClassVar[bool] = True
     may_drop: ClassVar[bool] = False  # experts take as many as they have room for
 
     capacity_factor: float = 1.0

@@ -24,6 +24,7 @@ class SinkhornConfig(RouterConfig):
     """Sinkhorn router."""
 
     is_causal: ClassVar[bool] = False
+    balances_itself: ClassVar[bool] = True
 
     max_iterations: int = 100
     tolerance: float = 1e-4

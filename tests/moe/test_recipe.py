@@ -12,7 +12,10 @@ import pytest
 
 from moe.checkpoint import list_checkpoints
 from moe.recipe import main, read_recipe
+from moe.routers.capacity import CapacityConfig
+from moe.routers.sinkhorn import SinkhornConfig
 from moe.routers.topk import TopKConfig
+from moe.routers.zero_experts import ZeroExpertsConfig
 from moe.run import RecipeError
 from runs import curve, rows_of, small_recipe, train
 
@@ -95,6 +98,17 @@ WRONG = {
     "bf16 without masters": ({"parallel": {"dtype": "bf16", "zero_stage": 0}}, 1, "zero_stage = 1 or 2"),
     "negative balance": ({"balance": {"coefficient": -0.1}}, 1, "balance.coefficient = -0.1"),
     "normalised top-1": ({"model": {"num_experts_per_tok": 1}}, 1, "no gradient"),
+    "balance of a router that balances itself": (
+        {"model": {"router": SinkhornConfig(allow_noncausal=True)}},
+        1,
+        "balance.coefficient = .* 'sinkhorn' makes loads even",
+    ),
+    "capacity of zero-computation experts": (
+        {"model": {"router": ZeroExpertsConfig(), "capacity": CapacityConfig(factor=1.0)}},
+        1,
+        "does not go with router kind 'zero_experts'",
+    ),
+    "a router that sees the future": ({"model": {"router": SinkhornConfig()}}, 1, "is not causal"),
 }
 
 
