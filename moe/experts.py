@@ -34,12 +34,18 @@ class Experts(nn.Module):
         self.first_expert = groups.ep_rank * self.num_local_experts
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_local_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(self.num_local_experts, hidden_size, intermediate_size))
-        self.backend, self._run = resolve_backend(
-            backend, groups.device, self.down_proj.dtype, widths=(hidden_size, intermediate_size)
-        )
+        self._asked = backend
+        self._widths = (hidden_size, intermediate_size)
+        self._resolve(groups.device)
+
+    def _resolve(self, device: torch.device) -> None:
+        self._device_type = device.type
+        self.backend, self._run = resolve_backend(self._asked, device, self.down_proj.dtype, widths=self._widths)
 
     def forward(self, x_RD: Tensor, assignment: Assignment) -> Tensor:
         """Return y_RD, the weighted sum of each row's local experts. `assignment` speaks of local expert ids."""
+        if x_RD.device.type != self._device_type:
+            self._resolve(x_RD.device)  # built for one device, moved to another
         return self._run(
             x_RD,
             assignment.token_N,

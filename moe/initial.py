@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe.blocks.norm import RMSNorm
 from moe.experts import Experts
-from moe.model import Model
+from moe.model import Model, ModelConfig
 
 # the last projection of each residual branch: attention, dense feed-forward and shared expert, routed experts
 _RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", ".down_proj")
@@ -29,10 +29,9 @@ _RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", ".down_proj")
 def initialise(model: Model, *, seed: int) -> None:
     """Fill every parameter and buffer of `model` in place; the same values on every layout."""
     std = model.config.initializer_range
-    residual_std = std / math.sqrt(2 * model.config.num_hidden_layers)
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
-            scale = residual_std if name.endswith(_RESIDUAL_OUTPUTS) else std
+            scale = residual_std(model.config) if name.endswith(_RESIDUAL_OUTPUTS) else std
             if isinstance(module, RMSNorm):
                 parameter.fill_(1.0)
             elif name.endswith("bias"):
@@ -45,6 +44,11 @@ def initialise(model: Model, *, seed: int) -> None:
         for buffer in module.buffers(recurse=False):
             # buffers hold what controllers learn (selection bias); all of it starts at zero
             buffer.zero_()
+
+
+def residual_std(config: ModelConfig) -> float:
+    """Return the standard deviation of the last projection of a branch that adds to the residual stream."""
+    return config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
 
 
 def _draw(shape: torch.Size, key: str) -> Tensor:

@@ -12,6 +12,7 @@ State-dict names:
 """
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -126,8 +127,7 @@ class Model(nn.Module):
             is_training=self.training,
             device=device,
         )
-        pool = self.pools[place.pool]
-        assert isinstance(pool, Experts)
+        pool = cast(Experts, self.pools[place.pool])  # or what an adapter put around it
         return replace(context, open_E=open_E, use_zero_score=config.reuse.mask == "zero_score"), pool
 
 

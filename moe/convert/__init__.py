@@ -1,0 +1,1 @@
+"""Between our models and Hugging Face's."""
