@@ -8,6 +8,7 @@ from moe.routers import AnyRouter
 from moe.routers.capacity import CapacityConfig
 from moe.routers.cross_layer import PoolPlace, ReuseConfig
 from moe.routers.topk import TopKConfig
+from moe_kernels.spec import Activation, ExpertSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class ModelConfig:
     num_experts: int  # routed experts of an MoE layer
     num_experts_per_tok: int
     moe_intermediate_size: int  # hidden width of an expert
+    expert_activation: Activation = "swiglu"  # of routed experts; "gpt_oss" is its clamped form (ExpertSpec)
+    expert_bias: bool = False  # routed experts have biases (GPT-OSS)
     head_dim: int = 0  # 0 means hidden_size / num_attention_heads
     intermediate_size: int = 0  # hidden width of a dense layer; unused without dense layers
     first_k_dense_replace: int = 0  # the first layers are dense (DeepSeek)
@@ -48,6 +51,11 @@ class ModelConfig:
     def attention_head_dim(self) -> int:
         """Width of a head, with 0 resolved."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def expert_spec(self) -> ExpertSpec:
+        """What a routed expert computes. Raises ValueError for an activation that is unknown."""
+        return ExpertSpec(activation=self.expert_activation)
 
     def is_moe_layer(self, index: int) -> bool:
         """Whether layer `index` has experts."""
@@ -149,6 +157,7 @@ class ModelConfig:
                 f"model.moe_intermediate_size = {self.moe_intermediate_size} must be at least 1 with "
                 f"num_experts = {self.num_experts}"
             )
+        _ = self.expert_spec
         self.chain.validate()
         self.reuse.validate()
         self.capacity.validate(num_experts_per_tok=self.num_experts_per_tok)

@@ -74,7 +74,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     for name, shape in _parameter_shapes(config).items():
         part = _part(name)
         if part == "experts":
-            experts += prod(shape)
+            experts += 0 if name.endswith("bias") else prod(shape)
         elif len(shape) > 1 and (part != "embedding" or config.tie_word_embeddings):
             matrices += runs.get(part, 1) * prod(shape)
     attention_width = config.num_hidden_layers * config.num_attention_heads * config.attention_head_dim
@@ -91,11 +91,14 @@ class ExpertCompute:
     @classmethod
     def of(cls, config: ModelConfig) -> "ExpertCompute":
         """Return the compute of a model's MoE layer."""
-        width = (
-            config.chain.rounds * config.mean_experts_per_tok * config.moe_intermediate_size
-            + config.chain.num_shared_runs * config.shared_expert_intermediate_size
+        routed = config.chain.rounds * config.mean_experts_per_tok * config.moe_intermediate_size
+        shared = config.chain.num_shared_runs * config.shared_expert_intermediate_size
+        # 2 for each weight: of the up and down matrices and, in a gated expert, the gate's
+        per_width = 2 * config.hidden_size * (config.expert_spec.halves + 1)
+        return cls(
+            num_expert_runs=(routed + shared) / config.moe_intermediate_size,
+            flops=round(per_width * routed + 6 * config.hidden_size * shared),
         )
-        return cls(num_expert_runs=width / config.moe_intermediate_size, flops=round(6 * config.hidden_size * width))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

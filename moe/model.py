@@ -191,6 +191,8 @@ def _make_experts(config: ModelConfig, num_experts: int, groups: ParallelGroups,
         intermediate_size=config.moe_intermediate_size,
         groups=groups,
         backend=backend,
+        activation=config.expert_spec.activation,
+        has_bias=config.expert_bias,
     )
 
 

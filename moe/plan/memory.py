@@ -60,7 +60,7 @@ def _activations(model: ModelConfig, batch: BatchConfig, parallel: ParallelConfi
     key_value = 2 * model.num_key_value_heads * model.attention_head_dim
     attention = 3 * D + 2 * query + key_value
     # the expert kernels keep their input and the pre-activation of gate and up, nothing else
-    routed = D + round(2 * model.moe_intermediate_size * model.mean_experts_per_tok)
+    routed = D + round(model.expert_spec.halves * model.moe_intermediate_size * model.mean_experts_per_tok)
     shared = 4 * model.shared_expert_intermediate_size
     rounds = model.chain.rounds
     num_moe = len(model.moe_layers)

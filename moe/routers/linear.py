@@ -1,6 +1,6 @@
 """LinearRouter: what routers that score experts by one linear map share.
 
-    logits z = W x, in float32 (float64 for a float64 model)
+    logits z = W x (+ b), in float32 (float64 for a float64 model)
 
 Parameter `weight` [number of scores, D]. State that steps in thousandths (selection bias, thresholds of controllers)
 is registered as float32 state: it follows the module to a device, never to another dtype.
@@ -39,6 +39,7 @@ class LinearRouter(Router):
         self.num_experts_per_tok = num_experts_per_tok
         self.layer_index = layer_index
         self.weight = nn.Parameter(torch.empty(num_scores or num_experts, hidden_size))
+        self.bias: nn.Parameter | None = None  # [scores], of kinds that have one
         self._float32_state: list[str] = []
 
     def register_state(self, name: str, value: Tensor) -> None:
@@ -58,7 +59,7 @@ class LinearRouter(Router):
     def logits(self, x_TD: Tensor) -> Tensor:
         """Return the raw logits [T, scores], float32; float64 for float64 tokens, so that layouts can be compared."""
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        return F.linear(x_TD.to(wide), self.weight.to(wide))
+        return F.linear(x_TD.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
 
     def assign(
         self, expert_TK: Tensor, weight_TK: Tensor, context: RouterContext, *, is_used_TK: Tensor | None = None

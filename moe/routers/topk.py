@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe.routers import RouterConfig, noise, register
 from moe.routers.bias import updated_bias
@@ -34,6 +34,7 @@ class TopKConfig(RouterConfig):
     routed_scaling_factor: float = 1.0
     n_group: int = 1  # groups of experts; a token chooses among the topk_group best groups
     topk_group: int = 1
+    use_router_bias: bool = False  # z = W x + b with a learned b, which weighs and chooses (GPT-OSS)
     use_selection_bias: bool = False
     bias_update_rate: float = 1e-3
     router_jitter_noise: float = 0.0  # router input times U(1 - eps, 1 + eps) while training; the experts see x itself
@@ -82,13 +83,16 @@ class TopKConfig(RouterConfig):
 
 
 class TopKRouter(LinearRouter):
-    """Linear router with K experts per token. Parameter `weight` [E, D]; buffer `selection_bias` float32 [E]."""
+    """Linear router with K experts per token. Parameters `weight` [E, D] and, if asked for, `bias` [E]; buffer
+    `selection_bias` float32 [E]."""
 
     selection_bias: Tensor
 
     def __init__(self, *, config: TopKConfig, **sizes: int) -> None:
         super().__init__(config=config, **sizes)
         self.config = config
+        if config.use_router_bias:
+            self.bias = nn.Parameter(torch.empty(self.num_candidates))
         if config.use_selection_bias:
             self.register_state("selection_bias", torch.zeros(self.num_candidates))
 

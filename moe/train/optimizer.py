@@ -38,7 +38,8 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
     decay, no_decay = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_matrix = parameter.dim() >= 2 and not name.startswith("embed_tokens")
+            # biases of experts are stacked, so they have two dimensions and are none the less biases
+            is_matrix = parameter.dim() >= 2 and not name.startswith("embed_tokens") and not name.endswith("bias")
             (decay if is_matrix else no_decay).append(parameter)
     groups = [
         {"params": decay, "weight_decay": weight_decay, "name": "decay"},

@@ -106,6 +106,22 @@ def assert_flops_equal_the_products(config):
     assert flops_per_token(config, S) * B * S == matrices + full_attention // 2
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "gpt_oss", "relu2"])
+def test_biases_of_experts_and_routers_are_parameters_and_no_operations(activation):
+    router = TopKConfig(softmax_after_topk=True)
+    plain = tiny_config(expert_activation=activation, router=router)
+    biased = replace(plain, expert_bias=True, router=replace(router, use_router_bias=True))
+    width = (1 if activation == "relu2" else 2) * F_EXPERT
+    num_moe = len(plain.moe_layers)
+    before, after = count_parameters(plain), count_parameters(biased)
+    assert before.experts == num_moe * E * (width * D + F_EXPERT * D)
+    assert after.experts - before.experts == num_moe * E * (width + D)
+    assert after.router - before.router == num_moe * E
+    assert after.active - before.active == num_moe * (K * (width + D) + E)
+    assert flops_per_token(biased, 8) == flops_per_token(plain, 8)
+    assert_flops_equal_the_products(biased)
+
+
 @pytest.mark.parametrize(
     ("router", "mean"),
     [

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moe.routers import ROUTERS, RouterConfig
+from moe.routers.topk import TopKConfig
 from runs import curve, small_recipe, stop_after, train
 
 # a kind whose extras are worth running too
@@ -35,14 +36,23 @@ def name_of(value: object) -> str:
 
 @pytest.mark.parametrize(("kind", "form"), CAUSAL, ids=name_of)
 def test_two_ranks_with_expert_parallelism_and_recomputation_give_the_curve_of_one(pool, run_root, kind, form):
-    router = config_of(kind, form)
+    assert_two_ranks_give_the_curve_of_one(pool, run_root, {"router": config_of(kind, form)})
+
+
+def test_two_ranks_give_the_curve_of_one_where_experts_and_routers_have_biases(pool, run_root):
+    router = TopKConfig(softmax_after_topk=True, use_router_bias=True)
+    model = {"router": router, "expert_bias": True, "expert_activation": "gpt_oss"}
+    assert_two_ranks_give_the_curve_of_one(pool, run_root, model)
+
+
+def assert_two_ranks_give_the_curve_of_one(pool, run_root, model):
     balance = {"scope": "exact", "entropy_coefficient": 1e-3}
-    one = small_recipe(run_root, "one", steps=5, model={"router": router}, balance=balance)
+    one = small_recipe(run_root, "one", steps=5, model=model, balance=balance)
     two = small_recipe(
         run_root,
         "two",
         steps=5,
-        model={"router": router},
+        model=model,
         balance=balance,
         parallel={"ep_size": 2, "zero_stage": 2, "activation_checkpointing": True},
         batch={"micro_sequences": 1},
