@@ -39,6 +39,15 @@ class ModelConfig:
     qk_norm: QkNorm = "none"  # "head": over each head (Qwen3); "full": over all heads (OLMoE)
     attention_bias: bool = False  # of q_proj, k_proj, v_proj
     attention_output_bias: bool = False  # of o_proj
+    sliding_window: int = 0  # tokens a query sees, itself included; 0 means all (Mistral, GPT-OSS)
+    full_attention_interval: int = 0  # every so many layers, one sees all; 0: the window holds in all layers
+    attention_sinks: bool = False  # a head may look at nothing, with a learned logit (GPT-OSS)
+    kv_lora_rank: int = 0  # multi-head latent attention (DeepSeek-V2), with the four fields below; 0: ordinary
+    q_lora_rank: int = 0  # 0: queries from the hidden state itself
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+    scale_latents: bool = False  # by sqrt(hidden_size / rank) (LongCat-Flash)
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     initializer_range: float = 0.02  # standard deviation of initial weights
@@ -51,6 +60,26 @@ class ModelConfig:
     def attention_head_dim(self) -> int:
         """Width of a head, with 0 resolved."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Width of a head that positions turn."""
+        return self.qk_rope_head_dim if self.kv_lora_rank else self.attention_head_dim
+
+    @property
+    def query_dim(self) -> int:
+        """Width of a head's query and key."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim if self.kv_lora_rank else self.attention_head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a head's value."""
+        return self.v_head_dim if self.kv_lora_rank else self.attention_head_dim
+
+    def window(self, index: int) -> int:
+        """Return how many tokens a query of layer `index` sees, 0 for all."""
+        interval = self.full_attention_interval
+        return 0 if interval and (index + 1) % interval == 0 else self.sliding_window
 
     @property
     def expert_spec(self) -> ExpertSpec:
@@ -123,6 +152,10 @@ class ModelConfig:
             "intermediate_size",
             "shared_expert_intermediate_size",
             "first_k_dense_replace",
+            "sliding_window",
+            "full_attention_interval",
+            "kv_lora_rank",
+            "q_lora_rank",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name} = {getattr(self, name)} must not be negative")
@@ -138,6 +171,16 @@ class ModelConfig:
                 f"model.num_key_value_heads = {key_heads} does not divide num_attention_heads = {heads}; "
                 f"use one of {divisors}"
             )
+        if self.full_attention_interval and not self.sliding_window:
+            raise ValueError(
+                f"model.full_attention_interval = {self.full_attention_interval} needs model.sliding_window > 0"
+            )
+        if self.kv_lora_rank:
+            self._validate_latent_attention()
+            return
+        for name in ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "scale_latents"):
+            if getattr(self, name):
+                raise ValueError(f"model.{name} = {getattr(self, name)} needs model.kv_lora_rank > 0")
         if not self.head_dim and self.hidden_size % heads:
             raise ValueError(
                 f"model.hidden_size = {self.hidden_size} is no multiple of num_attention_heads = {heads}; "
@@ -150,6 +193,35 @@ class ModelConfig:
             )
         if self.qk_norm not in ("none", "head", "full"):
             raise ValueError(f"model.qk_norm = {self.qk_norm!r} must be one of 'none', 'head', 'full'")
+
+    def _validate_latent_attention(self) -> None:
+        for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"model.{name} = {getattr(self, name)} must be at least 1 with model.kv_lora_rank = "
+                    f"{self.kv_lora_rank}"
+                )
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"model.qk_rope_head_dim = {self.qk_rope_head_dim} must be even: positions turn pairs")
+        if self.num_key_value_heads != self.num_attention_heads:
+            raise ValueError(
+                f"model.num_key_value_heads = {self.num_key_value_heads} must be num_attention_heads = "
+                f"{self.num_attention_heads} with latent attention, whose heads all have keys of their own"
+            )
+        ordinary = {
+            "head_dim": 0,
+            "qk_norm": "none",
+            "attention_bias": False,
+            "attention_output_bias": False,
+            "sliding_window": 0,
+            "attention_sinks": False,
+        }
+        for name, value in ordinary.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"model.{name} = {getattr(self, name)!r} is for ordinary attention; with model.kv_lora_rank = "
+                    f"{self.kv_lora_rank}, leave it at {value!r}"
+                )
 
     def _validate_experts(self) -> None:
         if self.moe_intermediate_size < 1:

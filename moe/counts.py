@@ -62,7 +62,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
 
     Every active weight matrix costs 2 per element (one multiplication, one addition), the head included, the
     embedding table (a look-up) excluded. Attention costs 4*H*d per layer and visible token: scores and
-    values; causality makes half of the sequence visible. Norms, activations, softmax and biases are not
+    values; causality makes half of it visible, a window less. Norms, activations, softmax and biases are not
     counted. Training costs three times as much (backward counts double), four times with activation
     checkpointing.
 
@@ -77,8 +77,9 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
             experts += 0 if name.endswith("bias") else prod(shape)
         elif len(shape) > 1 and (part != "embedding" or config.tie_word_embeddings):
             matrices += runs.get(part, 1) * prod(shape)
-    attention_width = config.num_hidden_layers * config.num_attention_heads * config.attention_head_dim
-    return 2 * (matrices + _active(config, experts)) + 2 * attention_width * sequence_length
+    visible = sum(_visible(config.window(index), sequence_length) for index in range(config.num_hidden_layers))
+    attention = 2 * config.num_attention_heads * (config.query_dim + config.value_dim) * visible
+    return 2 * (matrices + _active(config, experts)) + round(attention)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +135,12 @@ def match_compute(config: ModelConfig) -> ComputeMatch:
     config.validate()
     plain.validate()
     return ComputeMatch(chain=ExpertCompute.of(config), plain=ExpertCompute.of(plain))
+
+
+def _visible(window: int, sequence_length: int) -> float:
+    """Return how many tokens the average token of a sequence sees."""
+    seen = min(window or sequence_length, sequence_length)
+    return seen - seen * seen / (2 * sequence_length)
 
 
 def _active(config: ModelConfig, experts: int) -> int:

@@ -3,7 +3,8 @@
 State-dict names:
 
     embed_tokens.weight
-    layers.N.attention_norm, layers.N.attention.{q,k,v,o}_proj[, q_norm, k_norm], layers.N.feed_forward_norm
+    layers.N.attention_norm, layers.N.attention.{q,k,v,o}_proj[, q_norm, k_norm, sinks], layers.N.feed_forward_norm
+    layers.N.attention.{q_a,q_b,kv_a,kv_b,o}_proj, .q_a_norm, .kv_a_norm         instead, latent attention
     layers.N.feed_forward.{gate,up,down}_proj                                    dense layer
     layers.N.moe.router, .moe.experts.{gate_up,down}_proj, .moe.shared_expert    MoE layer
     layers.N.moe.router.rounds.T                                                 instead, a router for each round
@@ -22,6 +23,7 @@ from moe.blocks.attention import Attention
 from moe.blocks.block import Block
 from moe.blocks.cache import KeyValueCache
 from moe.blocks.feed_forward import FeedForward, SharedExpert
+from moe.blocks.latent_attention import LatentAttention
 from moe.blocks.norm import RMSNorm
 from moe.blocks.rope import rotation
 from moe.config import ModelConfig
@@ -101,7 +103,7 @@ class Model(nn.Module):
         if position_BS is None:
             num_past = cache.length if cache is not None else 0
             position_BS = torch.arange(num_past, num_past + token_BS.shape[1], device=token_BS.device)
-        cos_BSc, sin_BSc = rotation(position_BS, head_dim=self.config.attention_head_dim, theta=self.config.rope_theta)
+        cos_BSc, sin_BSc = rotation(position_BS, head_dim=self.config.rotary_dim, theta=self.config.rope_theta)
         x_BSD = self.embed_tokens(token_BS)
         routings: list[Routing] = []
         for index, block in enumerate(self.layers):
@@ -138,7 +140,34 @@ def _make_norm(config: ModelConfig) -> RMSNorm:
 def _make_block(
     config: ModelConfig, index: int, groups: ParallelGroups, backend: str, activation_checkpointing: bool
 ) -> Block:
-    attention = Attention(
+    is_moe = config.is_moe_layer(index)
+    return Block(
+        attention_norm=_make_norm(config),
+        attention=_make_attention(config, index),
+        feed_forward_norm=_make_norm(config),
+        feed_forward=None
+        if is_moe
+        else FeedForward(hidden_size=config.hidden_size, intermediate_size=config.intermediate_size),
+        moe=_make_moe(config, index, groups, backend, activation_checkpointing) if is_moe else None,
+        chain=config.chain,
+        activation_checkpointing=activation_checkpointing,
+    )
+
+
+def _make_attention(config: ModelConfig, index: int) -> Attention | LatentAttention:
+    if config.kv_lora_rank:
+        return LatentAttention(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            q_lora_rank=config.q_lora_rank,
+            kv_lora_rank=config.kv_lora_rank,
+            qk_nope_head_dim=config.qk_nope_head_dim,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            v_head_dim=config.v_head_dim,
+            norm_eps=config.rms_norm_eps,
+            scales_latents=config.scale_latents,
+        )
+    return Attention(
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
@@ -147,18 +176,8 @@ def _make_block(
         bias=config.attention_bias,
         output_bias=config.attention_output_bias,
         norm_eps=config.rms_norm_eps,
-    )
-    is_moe = config.is_moe_layer(index)
-    return Block(
-        attention_norm=_make_norm(config),
-        attention=attention,
-        feed_forward_norm=_make_norm(config),
-        feed_forward=None
-        if is_moe
-        else FeedForward(hidden_size=config.hidden_size, intermediate_size=config.intermediate_size),
-        moe=_make_moe(config, index, groups, backend, activation_checkpointing) if is_moe else None,
-        chain=config.chain,
-        activation_checkpointing=activation_checkpointing,
+        window=config.window(index),
+        has_sinks=config.attention_sinks,
     )
 
 

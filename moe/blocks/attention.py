@@ -24,6 +24,8 @@ class Attention(nn.Module):
             over all heads at once (OLMoE). Parameters `q_norm`, `k_norm`.
         bias: of q_proj, k_proj and v_proj.
         output_bias: of o_proj.
+        window: tokens a query sees, itself included; 0 means all before it (Mistral, GPT-OSS).
+        has_sinks: each head may also look at nothing, with a learned logit: parameter `sinks` [H] (GPT-OSS).
         norm_eps: of the query and key norms.
     """
 
@@ -38,11 +40,14 @@ class Attention(nn.Module):
         bias: bool,
         output_bias: bool,
         norm_eps: float,
+        window: int = 0,
+        has_sinks: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
+        self.window = window
+        self.sinks = nn.Parameter(torch.empty(num_heads)) if has_sinks else None
         self.qk_norm: QkNorm = qk_norm
-        self.is_grouped = num_heads != num_key_value_heads
         query_size, key_size = num_heads * head_dim, num_key_value_heads * head_dim
         self.q_proj = nn.Linear(hidden_size, query_size, bias=bias)
         self.k_proj = nn.Linear(hidden_size, key_size, bias=bias)
@@ -62,29 +67,52 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
         query_BHSd = rotate(query.transpose(1, 2), cos_BSc, sin_BSc)
-        key_BGPd = rotate(key.transpose(1, 2), cos_BSc, sin_BSc)
-        value_BGPd = self._split(self.v_proj(x_BSD)).transpose(1, 2)
-        num_past = 0
-        if cache is not None:
-            num_past = cache.length
-            key_BGPd, value_BGPd = cache.append(key_BGPd, value_BGPd)
-        y_BHSd = F.scaled_dot_product_attention(
-            query_BHSd,
-            key_BGPd,
-            value_BGPd,
-            attn_mask=_mask(x_BSD.shape[1], num_past, x_BSD.device),
-            is_causal=num_past == 0,
-            enable_gqa=self.is_grouped,
-        )
-        return self.o_proj(y_BHSd.transpose(1, 2).flatten(2))
+        key_BGSd = rotate(key.transpose(1, 2), cos_BSc, sin_BSc)
+        value_BGSd = self._split(self.v_proj(x_BSD)).transpose(1, 2)
+        return self.o_proj(attend(query_BHSd, key_BGSd, value_BGSd, cache, window=self.window, sinks_H=self.sinks))
 
     def _split(self, x: Tensor) -> Tensor:
         """Return [B, S, heads, d] of [B, S, heads*d]."""
         return x.unflatten(-1, (-1, self.head_dim))
 
 
-def _mask(num_new: int, num_past: int, device: torch.device) -> Tensor | None:
-    """Return bool [S, P], True where a new token may look; None where a causal or full view is right."""
-    if num_past == 0 or num_new == 1:
-        return None
-    return torch.ones(num_new, num_past + num_new, dtype=torch.bool, device=device).tril(diagonal=num_past)
+def attend(
+    query_BHSd: Tensor,
+    key_BGSd: Tensor,
+    value_BGSv: Tensor,
+    cache: LayerCache | None,
+    *,
+    window: int = 0,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """Return what the heads see [B, S, H*v], causally; keys and values are appended to the cache first."""
+    num_new, num_past = query_BHSd.shape[2], 0
+    if cache is not None:
+        num_past = cache.length
+        key_BGSd, value_BGSv = cache.append(key_BGSd, value_BGSv)
+    is_plain = num_past == 0 or num_new == 1  # a causal or full view is right
+    is_windowed = 0 < window < num_past + num_new
+    mask = None if is_plain and not is_windowed else _seen(num_new, num_past, window, query_BHSd.device)
+    if sinks_H is not None:
+        # one more key, zero, whose score is the sink and whose value is zero: it takes weight and gives nothing
+        seen_SP = _seen(num_new, num_past, window, query_BHSd.device)
+        bias_HSP = query_BHSd.new_zeros(sinks_H.shape[0], *seen_SP.shape).masked_fill(~seen_SP, float("-inf"))
+        sink_HS1 = sinks_H.to(query_BHSd.dtype)[:, None, None].expand(-1, num_new, 1)
+        mask = torch.cat((bias_HSP, sink_HS1), dim=-1)
+        key_BGSd, value_BGSv = F.pad(key_BGSd, (0, 0, 0, 1)), F.pad(value_BGSv, (0, 0, 0, 1))
+    y_BHSv = F.scaled_dot_product_attention(
+        query_BHSd,
+        key_BGSd,
+        value_BGSv,
+        attn_mask=mask,
+        is_causal=mask is None and num_past == 0,
+        enable_gqa=query_BHSd.shape[1] != key_BGSd.shape[1],
+    )
+    return y_BHSv.transpose(1, 2).flatten(2)
+
+
+def _seen(num_new: int, num_past: int, window: int, device: torch.device) -> Tensor:
+    """Return bool [S, P], True where a new token may look."""
+    ones_SP = torch.ones(num_new, num_past + num_new, dtype=torch.bool, device=device)
+    seen_SP = ones_SP.tril(diagonal=num_past)
+    return seen_SP.triu(diagonal=num_past - window + 1) if window else seen_SP

@@ -16,6 +16,7 @@ from moe.blocks.attention import Attention
 from moe.blocks.cache import LayerCache
 from moe.blocks.chain import ChainConfig, run_chain
 from moe.blocks.feed_forward import FeedForward
+from moe.blocks.latent_attention import LatentAttention
 from moe.blocks.norm import RMSNorm
 from moe.experts import Experts
 from moe.layer import MoELayer
@@ -35,7 +36,7 @@ class Block(nn.Module):
         self,
         *,
         attention_norm: RMSNorm,
-        attention: Attention,
+        attention: Attention | LatentAttention,
         feed_forward_norm: RMSNorm,
         feed_forward: FeedForward | None = None,
         moe: MoELayer | None = None,

@@ -28,7 +28,7 @@ class LayerCache:
         if self._key is None or self._value is None:
             B, G, _, d = key_BGSd.shape
             self._key = key_BGSd.new_empty(B, G, self._max_length, d)
-            self._value = value_BGSd.new_empty(B, G, self._max_length, d)
+            self._value = value_BGSd.new_empty(B, G, self._max_length, value_BGSd.shape[3])
         self._key[:, :, self.length : end] = key_BGSd
         self._value[:, :, self.length : end] = value_BGSd
         self.length = end

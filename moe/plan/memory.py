@@ -56,9 +56,10 @@ def plan_memory(model: ModelConfig, batch: BatchConfig, parallel: ParallelConfig
 def _activations(model: ModelConfig, batch: BatchConfig, parallel: ParallelConfig, width: int) -> int:
     tokens = batch.micro_sequences * batch.sequence_length
     D = model.hidden_size
-    query = model.num_attention_heads * model.attention_head_dim
-    key_value = 2 * model.num_key_value_heads * model.attention_head_dim
-    attention = 3 * D + 2 * query + key_value
+    query = model.num_attention_heads * (model.query_dim + model.value_dim)
+    key_value = model.num_key_value_heads * (model.query_dim + model.value_dim)
+    key_value += model.q_lora_rank + model.kv_lora_rank  # latents
+    attention = 3 * D + query + key_value
     # the expert kernels keep their input and the pre-activation of gate and up, nothing else
     routed = D + round(model.expert_spec.halves * model.moe_intermediate_size * model.mean_experts_per_tok)
     shared = 4 * model.shared_expert_intermediate_size
