@@ -50,6 +50,7 @@ class ModelConfig:
     scale_latents: bool = False  # by sqrt(hidden_size / rank) (LongCat-Flash)
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    is_shortcut_connected: bool = False  # a layer is two attentions and two dense FFNs beside one MoE (LongCat-Flash)
     initializer_range: float = 0.02  # standard deviation of initial weights
     router: AnyRouter = field(default_factory=TopKConfig)
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
@@ -60,6 +61,18 @@ class ModelConfig:
     def attention_head_dim(self) -> int:
         """Width of a head, with 0 resolved."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_attention_layers(self) -> int:
+        """Attentions of the model, each with a key-value cache."""
+        return (2 if self.is_shortcut_connected else 1) * self.num_hidden_layers
+
+    @property
+    def num_dense_layers(self) -> int:
+        """Dense feed-forwards of the model."""
+        if self.is_shortcut_connected:
+            return 2 * self.num_hidden_layers
+        return self.num_hidden_layers - len(self.moe_layers)
 
     @property
     def rotary_dim(self) -> int:
@@ -130,6 +143,8 @@ class ModelConfig:
             self._validate_experts()
         else:
             self._validate_dense()
+        if self.is_shortcut_connected:
+            self._validate_shortcut()
         if len(self.moe_layers) < self.num_hidden_layers and not self.intermediate_size:
             dense = sorted(set(range(self.num_hidden_layers)) - set(self.moe_layers))
             raise ValueError(f"layers {dense} are dense but model.intermediate_size = 0; set it to their hidden width")
@@ -193,6 +208,25 @@ class ModelConfig:
             )
         if self.qk_norm not in ("none", "head", "full"):
             raise ValueError(f"model.qk_norm = {self.qk_norm!r} must be one of 'none', 'head', 'full'")
+
+    def _validate_shortcut(self) -> None:
+        if len(self.moe_layers) < self.num_hidden_layers:
+            raise ValueError(
+                "model.is_shortcut_connected = True needs an MoE in every layer; set num_experts, and no dense layers"
+            )
+        if not self.intermediate_size:
+            raise ValueError(
+                "model.is_shortcut_connected = True needs model.intermediate_size, the width of its dense FFNs"
+            )
+        for name, default in (("chain", ChainConfig()), ("reuse", ReuseConfig())):
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"model.{name} does not go with model.is_shortcut_connected = True; leave one of them out"
+                )
+        if self.sliding_window:
+            raise ValueError(
+                f"model.sliding_window = {self.sliding_window} does not go with model.is_shortcut_connected"
+            )
 
     def _validate_latent_attention(self) -> None:
         for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):

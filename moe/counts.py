@@ -77,7 +77,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
             experts += 0 if name.endswith("bias") else prod(shape)
         elif len(shape) > 1 and (part != "embedding" or config.tie_word_embeddings):
             matrices += runs.get(part, 1) * prod(shape)
-    visible = sum(_visible(config.window(index), sequence_length) for index in range(config.num_hidden_layers))
+    visible = sum(_visible(config.window(index), sequence_length) for index in range(config.num_attention_layers))
     attention = 2 * config.num_attention_heads * (config.query_dim + config.value_dim) * visible
     return 2 * (matrices + _active(config, experts)) + round(attention)
 

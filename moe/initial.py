@@ -48,7 +48,8 @@ def initialise(model: Model, *, seed: int) -> None:
 
 def residual_std(config: ModelConfig) -> float:
     """Return the standard deviation of the last projection of a branch that adds to the residual stream."""
-    return config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+    num_branches = 2 * config.num_attention_layers + (len(config.moe_layers) if config.is_shortcut_connected else 0)
+    return config.initializer_range / math.sqrt(num_branches)
 
 
 def _draw(shape: torch.Size, key: str) -> Tensor:

@@ -6,6 +6,7 @@ State-dict names:
     layers.N.attention_norm, layers.N.attention.{q,k,v,o}_proj[, q_norm, k_norm, sinks], layers.N.feed_forward_norm
     layers.N.attention.{q_a,q_b,kv_a,kv_b,o}_proj, .q_a_norm, .kv_a_norm         instead, latent attention
     layers.N.feed_forward.{gate,up,down}_proj                                    dense layer
+    layers.N.attention.{0,1}, .feed_forward.{0,1} and their norms                shortcut-connected layer: two of each
     layers.N.moe.router, .moe.experts.{gate_up,down}_proj, .moe.shared_expert    MoE layer
     layers.N.moe.router.rounds.T                                                 instead, a router for each round
     pools.G.{gate_up,down}_proj                                                  instead, experts that layers share
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.blocks.attention import Attention
-from moe.blocks.block import Block
+from moe.blocks.block import Block, ShortcutBlock
 from moe.blocks.cache import KeyValueCache
 from moe.blocks.feed_forward import FeedForward, SharedExpert
 from moe.blocks.latent_attention import LatentAttention
@@ -106,10 +107,11 @@ class Model(nn.Module):
         cos_BSc, sin_BSc = rotation(position_BS, head_dim=self.config.rotary_dim, theta=self.config.rope_theta)
         x_BSD = self.embed_tokens(token_BS)
         routings: list[Routing] = []
+        per_layer = self.config.num_attention_layers // self.config.num_hidden_layers
         for index, block in enumerate(self.layers):
-            layer_cache = cache.layers[index] if cache is not None else None
+            caches = cache.layers[index * per_layer : (index + 1) * per_layer] if cache is not None else None
             layer_context, pool = self._pool(index, context, token_BS.device)
-            x_BSD, layer_routings = block(x_BSD, cos_BSc, sin_BSc, layer_context, layer_cache, pool)
+            x_BSD, layer_routings = block(x_BSD, cos_BSc, sin_BSc, layer_context, caches, pool)
             routings += layer_routings
         x_BSD = self.norm(x_BSD)
         head_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
@@ -137,17 +139,28 @@ def _make_norm(config: ModelConfig) -> RMSNorm:
     return RMSNorm(size=config.hidden_size, eps=config.rms_norm_eps)
 
 
+def _make_feed_forward(config: ModelConfig) -> FeedForward:
+    return FeedForward(hidden_size=config.hidden_size, intermediate_size=config.intermediate_size)
+
+
 def _make_block(
     config: ModelConfig, index: int, groups: ParallelGroups, backend: str, activation_checkpointing: bool
-) -> Block:
+) -> Block | ShortcutBlock:
+    if config.is_shortcut_connected:
+        return ShortcutBlock(
+            attention_norms=[_make_norm(config) for _ in range(2)],
+            attentions=[_make_attention(config, index) for _ in range(2)],
+            feed_forward_norms=[_make_norm(config) for _ in range(2)],
+            feed_forwards=[_make_feed_forward(config) for _ in range(2)],
+            moe=_make_moe(config, index, groups, backend, activation_checkpointing),
+            activation_checkpointing=activation_checkpointing,
+        )
     is_moe = config.is_moe_layer(index)
     return Block(
         attention_norm=_make_norm(config),
         attention=_make_attention(config, index),
         feed_forward_norm=_make_norm(config),
-        feed_forward=None
-        if is_moe
-        else FeedForward(hidden_size=config.hidden_size, intermediate_size=config.intermediate_size),
+        feed_forward=None if is_moe else _make_feed_forward(config),
         moe=_make_moe(config, index, groups, backend, activation_checkpointing) if is_moe else None,
         chain=config.chain,
         activation_checkpointing=activation_checkpointing,
@@ -164,7 +177,6 @@ def _make_attention(config: ModelConfig, index: int) -> Attention | LatentAttent
             qk_nope_head_dim=config.qk_nope_head_dim,
             qk_rope_head_dim=config.qk_rope_head_dim,
             v_head_dim=config.v_head_dim,
-            norm_eps=config.rms_norm_eps,
             scales_latents=config.scale_latents,
         )
     return Attention(

@@ -42,7 +42,7 @@ def generate(
     _check(model, prompt_ids, max_new_tokens, temperature, top_k, top_p, seed)
     device = model.embed_tokens.weight.device
     generator = torch.Generator().manual_seed(seed)
-    cache = KeyValueCache(num_layers=model.config.num_hidden_layers, max_length=len(prompt_ids) + max_new_tokens)
+    cache = KeyValueCache(num_layers=model.config.num_attention_layers, max_length=len(prompt_ids) + max_new_tokens)
     was_training = model.training
     model.eval()
     try:

@@ -18,6 +18,9 @@ from moe.blocks.cache import LayerCache
 from moe.blocks.norm import RMSNorm
 from moe.blocks.rope import rotate
 
+# DeepSeek and LongCat keep it for the norms of the latents, whatever the rms_norm_eps of the model
+NORM_EPS = 1e-6
+
 
 class LatentAttention(nn.Module):
     """Parameters `q_a_proj` [q_lora, D], `q_a_norm`, `q_b_proj` [H*d, q_lora] (or `q_proj` [H*d, D]), `kv_a_proj`
@@ -38,7 +41,6 @@ class LatentAttention(nn.Module):
         qk_nope_head_dim: int,
         qk_rope_head_dim: int,
         v_head_dim: int,
-        norm_eps: float,
         scales_latents: bool = False,
     ) -> None:
         super().__init__()
@@ -47,12 +49,12 @@ class LatentAttention(nn.Module):
         query_size = num_heads * (qk_nope_head_dim + qk_rope_head_dim)
         if q_lora_rank:
             self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=False)
-            self.q_a_norm = RMSNorm(size=q_lora_rank, eps=norm_eps)
+            self.q_a_norm = RMSNorm(size=q_lora_rank, eps=NORM_EPS)
             self.q_b_proj = nn.Linear(q_lora_rank, query_size, bias=False)
         else:
             self.q_proj = nn.Linear(hidden_size, query_size, bias=False)
         self.kv_a_proj = nn.Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, bias=False)
-        self.kv_a_norm = RMSNorm(size=kv_lora_rank, eps=norm_eps)
+        self.kv_a_norm = RMSNorm(size=kv_lora_rank, eps=NORM_EPS)
         self.kv_b_proj = nn.Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
         self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
         self._has_query_latent = bool(q_lora_rank)

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from moe.balance.losses import frequency, load_balancing_loss, z_loss
 from moe.balance.statistics import RouterStatistics, collect
-from moe.blocks.block import Block
+from moe.blocks.block import RoutedBlock
 from moe.blocks.cache import KeyValueCache, LayerCache
 from moe.blocks.norm import RMSNorm
 from moe.experts import Experts
@@ -100,7 +100,7 @@ class MoeForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
+    _no_split_modules = ["Block", "ShortcutBlock"]
     _supports_sdpa = True
     # state that steps in thousandths; routers keep it float32 under any cast, from_pretrained has to as well
     _keep_in_fp32_modules_strict = ["selection_bias", "threshold", "error_sum", "coefficient", "errors"]
@@ -162,7 +162,7 @@ class MoeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _set_recomputation(self, is_on: bool) -> None:
         for module in self.modules():
-            if isinstance(module, Block | MoELayer):
+            if isinstance(module, RoutedBlock | MoELayer):
                 module.activation_checkpointing = is_on
 
     def forward(
@@ -195,7 +195,9 @@ class MoeForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids,
             valid_BS=_valid(attention_mask, input_ids.shape[1]),
             position_BS=position_ids,
-            cache=None if cache is None else _CacheOfTransformers(cache, num_layers=len(self.model.layers)),
+            cache=None
+            if cache is None
+            else _CacheOfTransformers(cache, num_layers=self.model.config.num_attention_layers),
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BSV = logits_BSV[:, kept]

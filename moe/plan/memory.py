@@ -65,16 +65,15 @@ def _activations(model: ModelConfig, batch: BatchConfig, parallel: ParallelConfi
     shared = 4 * model.shared_expert_intermediate_size
     rounds = model.chain.rounds
     num_moe = len(model.moe_layers)
-    num_dense = model.num_hidden_layers - num_moe
     if parallel.activation_checkpointing:
         # each half of a block keeps its input, a chain that of every round
-        kept = model.num_hidden_layers * 3 * D + num_moe * (rounds - 1) * D
+        kept = model.num_attention_layers * 3 * D + num_moe * (rounds - 1) * D
         per_token = kept + max(attention, routed + shared, 4 * model.intermediate_size)
     else:
         per_token = (
-            model.num_hidden_layers * (attention + 2 * D)
+            model.num_attention_layers * (attention + 2 * D)
             + num_moe * (rounds * routed + model.chain.num_shared_runs * shared)
-            + num_dense * (D + 4 * model.intermediate_size)
+            + model.num_dense_layers * (D + 4 * model.intermediate_size)
         )
     # logits in the model's dtype, their float32 copy and its gradient
     return tokens * (width * per_token + (width + 8) * model.vocab_size)

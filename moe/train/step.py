@@ -16,7 +16,7 @@ from moe.balance.health import LoadFigures, load_figures
 from moe.balance.load import BalanceConfig, GlobalLoad
 from moe.balance.losses import frequency, load_balancing_loss
 from moe.balance.statistics import RouterStatistics, collect
-from moe.blocks.block import Block
+from moe.blocks.block import RoutedBlock
 from moe.data.tokens import Batch
 from moe.parallel.groups import ParallelGroups
 from moe.routing import RouterContext
@@ -226,7 +226,7 @@ def end_routers_step(
     model: nn.Module, tokens_per_expert_LE: Tensor, context: RouterContext, *, num_tokens: int
 ) -> None:
     """Give every router the step's global counts, in the order in which the model returns routings."""
-    blocks = [module for module in model.modules() if isinstance(module, Block) and module.moe is not None]
+    blocks = [module for module in model.modules() if isinstance(module, RoutedBlock) and module.moe is not None]
     counts = tokens_per_expert_LE.split([block.chain.rounds for block in blocks])
     for block, counts_CE in zip(blocks, counts, strict=True):
         block.end_step(counts_CE, context, num_tokens=num_tokens)

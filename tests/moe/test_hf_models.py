@@ -1,4 +1,4 @@
-"""Whole models that need more than a block of names: DeepSeek-V3 and GPT-OSS. Logits, gradients, and caches."""
+"""Models that need more than other names: DeepSeek-V3, GPT-OSS, LongCat-Flash. Logits, gradients and caches."""
 
 from dataclasses import replace
 
@@ -6,11 +6,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, GptOssConfig, GptOssForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LongcatFlashConfig,
+    LongcatFlashForCausalLM,
+)
 
 from moe.blocks.cache import KeyValueCache
+from moe.blocks.chain import ChainConfig
 from moe.model import Model, ModelConfig
+from moe.routers.cross_layer import ReuseConfig
 from moe.routers.topk import TopKConfig
+from moe.routers.zero_experts import ZeroExpertsConfig
 from moe.sample import generate
 from tiny import assert_near, tiny_config, tiny_model, tiny_tokens
 
@@ -48,6 +58,17 @@ GPT_OSS = tiny_config(
     expert_bias=True,
     rms_norm_eps=1e-5,
     router=TopKConfig(softmax_after_topk=True, use_router_bias=True),
+)
+LONGCAT = replace(
+    DEEPSEEK,
+    num_hidden_layers=2,
+    first_k_dense_replace=0,
+    shared_expert_intermediate_size=0,
+    is_shortcut_connected=True,
+    scale_latents=True,
+    rms_norm_eps=1e-5,
+    num_experts_per_tok=4,
+    router=ZeroExpertsConfig(num_identity_experts=3, routed_scaling_factor=6.0),
 )
 
 
@@ -109,6 +130,31 @@ def gpt_oss(config: ModelConfig) -> GptOssForCausalLM:
     )
 
 
+def longcat(config: ModelConfig) -> LongcatFlashForCausalLM:
+    fields = shared_fields(config)
+    del fields["num_hidden_layers"], fields["num_experts_per_tok"]
+    theirs = LongcatFlashConfig(
+        **fields,
+        num_layers=config.num_hidden_layers,
+        ffn_hidden_size=config.intermediate_size,
+        expert_ffn_hidden_size=config.moe_intermediate_size,
+        n_routed_experts=config.num_experts,
+        zero_expert_num=config.router.num_identity_experts,
+        moe_topk=config.num_experts_per_tok,
+        routed_scaling_factor=config.router.routed_scaling_factor,
+        q_lora_rank=config.q_lora_rank,
+        kv_lora_rank=config.kv_lora_rank,
+        qk_nope_head_dim=config.qk_nope_head_dim,
+        qk_rope_head_dim=config.qk_rope_head_dim,
+        head_dim=config.qk_rope_head_dim,
+        v_head_dim=config.v_head_dim,
+    )
+    return LongcatFlashForCausalLM._from_config(
+        theirs, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+    )
+
+
+BUILDERS = {"deepseek": deepseek, "gpt_oss": gpt_oss, "longcat": longcat}
 RENAMES = {
     "deepseek": (
         (".moe.router.selection_bias", ".mlp.gate.e_score_correction_bias"),
@@ -118,6 +164,13 @@ RENAMES = {
         ("_a_norm.", "_a_layernorm."),
     ),
     "gpt_oss": ((".moe.router.", ".mlp.router."),),
+    "longcat": (
+        (".moe.router.selection_bias", ".mlp.router.e_score_correction_bias"),
+        (".moe.router.", ".mlp.router.classifier."),
+        (".feed_forward.", ".mlps."),
+        (".kv_a_proj.", ".kv_a_proj_with_mqa."),
+        ("_a_norm.", "_a_layernorm."),
+    ),
 }
 COMMON = (
     (".moe.", ".mlp."),
@@ -141,13 +194,16 @@ def in_pairs(rows: Tensor) -> Tensor:
 
 def their_form(family: str, name: str, value: Tensor) -> Tensor:
     """Our tensor in the order in which they keep it."""
-    if family == "deepseek":
+    if family == "longcat" and name.endswith("gate_up_proj"):
+        # allocated there for the identity experts too, and never read
+        return torch.cat((value, value.new_zeros(3, *value.shape[1:])))
+    if family in ("deepseek", "longcat"):
         if name.endswith(("q_b_proj.weight", "q_proj.weight")):
             heads = value.unflatten(0, (-1, NOPE + ROPE))
             return torch.cat((heads[:, :NOPE], in_pairs(heads[:, NOPE:])), dim=1).flatten(0, 1)
         if name.endswith("kv_a_proj.weight"):
             return torch.cat((value[:KV_LORA], in_pairs(value[KV_LORA:])))
-    elif ".experts." in name:
+    elif ".experts." in name and family == "gpt_oss":
         if "gate_up" in name:
             value = torch.stack(value.chunk(2, dim=1), dim=2).flatten(1, 2)
         return value.transpose(1, 2) if value.dim() == 3 else value
@@ -161,6 +217,7 @@ CASES = {
         replace(DEEPSEEK, shared_expert_intermediate_size=28, q_lora_rank=0),
     ),
     "gpt_oss": ("gpt_oss", GPT_OSS),
+    "longcat": ("longcat", LONGCAT),
     "gpt_oss k = E": ("gpt_oss", replace(GPT_OSS, num_experts_per_tok=6)),
 }
 
@@ -172,7 +229,7 @@ def test_logits_and_every_gradient_equal_those_of_transformers(case):
     with torch.no_grad():
         for name, buffer in ours.named_buffers():
             buffer.copy_(0.1 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(len(name))) - 1)
-    theirs = {"deepseek": deepseek, "gpt_oss": gpt_oss}[family](config)
+    theirs = BUILDERS[family](config)
     state = {their_name(family, name): their_form(family, name, value) for name, value in ours.state_dict().items()}
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     assert not missing and not unexpected
@@ -192,7 +249,7 @@ LONG = {**CASES, "latents scaled": ("deepseek", replace(DEEPSEEK, scale_latents=
 
 
 def logits_of(model: Model, token_BS: Tensor, cuts: tuple[int, ...]) -> Tensor:
-    cache = KeyValueCache(num_layers=3, max_length=token_BS.shape[1])
+    cache = KeyValueCache(num_layers=model.config.num_attention_layers, max_length=token_BS.shape[1])
     ends = (*cuts, token_BS.shape[1])
     starts = (0, *cuts)
     return torch.cat([model(token_BS[:, a:b], cache=cache)[0] for a, b in zip(starts, ends, strict=True)], dim=1)
@@ -241,6 +298,20 @@ def test_scaled_latents_are_scaled_by_the_root_of_the_widths():
 def test_attention_that_cannot_be_built_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**changes).validate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"intermediate_size": 0}, "needs model.intermediate_size"),
+        ({"first_k_dense_replace": 1}, "needs an MoE in every layer"),
+        ({"chain": ChainConfig(rounds=2)}, "model.chain does not go with"),
+        ({"reuse": ReuseConfig(group_size=2)}, "model.reuse does not go with"),
+    ],
+)
+def test_shortcut_connected_layers_that_cannot_be_built_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(LONGCAT, **changes).validate()
 
 
 @pytest.mark.parametrize(

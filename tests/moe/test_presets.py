@@ -1,5 +1,6 @@
 """Published architectures: parameter counts, forward and backward against the models in transformers."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -116,21 +117,78 @@ def test_parameter_counts_equal_the_published_ones(family, preset, total, active
     [(1, 64, 570956800, "544.51"), (2, 64, 571214848, "544.75"), (2, 48, 432671744, "412.63")],
     ids=["MoE(8/64)", "CoE-2(4/64)", "CoE-2(4/48)"],
 )
-def test_chain_of_experts_has_the_published_parameters_in_all_but_the_attention(
-    rounds, num_experts, published, in_mebi
-):
+def test_chain_of_experts_has_the_published_parameters(rounds, num_experts, published, in_mebi):
     config = presets.coe()
     config = replace(config, num_experts=num_experts - 1, chain=replace(config.chain, rounds=rounds))
     config.validate()
     count = count_parameters(config)
-    assert count.router == 4 * rounds * (num_experts - 1) * 1024
-    assert count.experts + count.shared_expert == 4 * num_experts * 3 * 1024 * 704
-    assert count.norm == 4 * 2 * 1024 + 1024
-    # latent attention, which we do not have: queries 8 x (128 + 64), a latent of 512 with a norm, a rotary key of 64
-    latent = 1024 * 8 * 192 + 1024 * (512 + 64) + 512 + 512 * 8 * (128 + 128) + 8 * 128 * 1024
-    total = count.router + count.experts + count.shared_expert + count.norm + 4 * latent
-    assert total == published
-    assert f"{total / 2**20:.2f}" == in_mebi
+    assert count.total - count.embedding - count.head == published
+    assert f"{published / 2**20:.2f}" == in_mebi
+
+
+@pytest.mark.parametrize(
+    ("preset", "total", "active_in_billions"),
+    [
+        # totals of the first three are those of the same configurations in transformers
+        (presets.deepseek_v3, 671_026_404_352, 37.55),
+        (presets.gpt_oss_20b, 20_914_757_184, 4.19),  # 3.61 without the head, as published
+        (presets.gpt_oss_120b, 116_829_156_672, 5.71),  # 5.13 without the head
+    ],
+    ids=lambda value: value.__name__ if callable(value) else str(value),
+)
+def test_totals_equal_those_of_transformers(preset, total, active_in_billions):
+    config = preset()
+    config.validate()
+    count = count_parameters(config)
+    assert count.total == total
+    assert count.active / 1e9 == pytest.approx(active_in_billions, abs=0.05)
+
+
+def test_longcat_flash_has_its_published_sizes():
+    config = presets.longcat_flash()
+    count = count_parameters(config)
+    assert count.total / 1e9 == pytest.approx(560, abs=2)
+    expert = count.experts // config.num_experts
+    assert expert / 1e9 == pytest.approx(1.057, abs=1e-3)
+    fixed = count.total - count.experts - count.embedding
+    # 18.6 to 31.3 billion active for 0 to 12 real experts, 27 on average
+    for num_real, published in ((0, 18.6), (8, 27.0), (12, 31.3)):
+        assert (fixed + num_real * expert) / 1e9 == pytest.approx(published, abs=0.3)
+    assert count.active == fixed + count.embedding + 8 * expert
+
+
+def test_dynamic_moe_has_its_published_sizes():
+    config = presets.dynamic_moe()
+    count = count_parameters(config)
+    without_router = count.total - count.router
+    assert without_router / 1e9 == pytest.approx(3.488, abs=5e-4)
+    expert = count.experts // 16
+    for mean, published in ((1, 373.87e6), (2, 581.49e6), (1.76, 531.66e6)):
+        assert without_router - count.experts + mean * expert == pytest.approx(published, abs=1e4)
+
+
+@pytest.mark.parametrize(
+    ("preset", "total_in_billions", "active_in_billions"),
+    [(presets.demons, 3.4, 0.6), (presets.remoe, 0.777, 0.182)],
+    ids=["demons", "remoe"],
+)
+def test_sizes_are_the_published_ones(preset, total_in_billions, active_in_billions):
+    count = count_parameters(preset())
+    assert count.total / 1e9 == pytest.approx(total_in_billions, rel=0.01)
+    assert count.active / 1e9 == pytest.approx(active_in_billions, rel=0.01)
+
+
+PRESETS = [
+    value for name, value in vars(presets).items() if inspect.isfunction(value) and value.__module__ == presets.__name__
+]
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
+def test_every_preset_can_be_built_and_names_its_source(preset):
+    config = preset()
+    config.validate()
+    assert "arXiv" in preset.__doc__ or "arXiv" in inspect.getdoc(preset)
+    count_parameters(config)
 
 
 NO_SHARED = {"shared_expert_intermediate_size": 0, "mlp_only_layers": ()}

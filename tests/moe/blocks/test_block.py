@@ -83,5 +83,5 @@ def test_a_cache_is_written_once_in_training_mode_with_checkpointing():
     block = tiny_model(CONFIG, activation_checkpointing=True).train().layers[0]
     cache = LayerCache(max_length=5)
     with torch.no_grad():
-        block(*inputs(), cache)
+        block(*inputs(), [cache])
     assert cache.length == 5

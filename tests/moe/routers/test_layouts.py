@@ -10,6 +10,7 @@ import pytest
 
 from moe.routers import ROUTERS, RouterConfig
 from moe.routers.topk import TopKConfig
+from moe.routers.zero_experts import ZeroExpertsConfig
 from runs import curve, small_recipe, stop_after, train
 
 # a kind whose extras are worth running too
@@ -43,6 +44,14 @@ def test_two_ranks_give_the_curve_of_one_where_experts_and_routers_have_biases(p
     router = TopKConfig(softmax_after_topk=True, use_router_bias=True)
     model = {"router": router, "expert_bias": True, "expert_activation": "gpt_oss"}
     assert_two_ranks_give_the_curve_of_one(pool, run_root, model)
+
+
+def test_two_ranks_give_the_curve_of_one_with_latent_attention_and_shortcuts(pool, run_root):
+    latents = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 0, "qk_norm": "none"}
+    router = ZeroExpertsConfig(num_identity_experts=3, target_experts_per_tok=1.5)
+    model = {"router": router, "is_shortcut_connected": True, "intermediate_size": 48, "scale_latents": True}
+    assert_two_ranks_give_the_curve_of_one(pool, run_root, {**model, **latents, **heads})
 
 
 def assert_two_ranks_give_the_curve_of_one(pool, run_root, model):
