@@ -1,0 +1,364 @@
+"""Import and export: folders of transformers to checkpoints of ours and back, tensor by tensor.
+
+    OUT/                        what import writes, and `moe sample`, `moe export-hf` and recipes start from
+      model.json                the ModelConfig
+      checkpoints/step_00000000/
+      tokenizer/
+
+Names and configurations are held against each other before the first byte is read, and the folder appears under its
+name only when it is complete. Memory is bounded by a few tensors: a model is never held whole.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from moe.checkpoint import CheckpointReader, write_json_atomic
+from moe.checkpoint.atomic import fsync_folder
+from moe.checkpoint.manifest import DTYPES
+from moe.checkpoint.stream import Entry, save_stream, split_entries, write_file
+from moe.config import ModelConfig
+from moe.convert.families import ConversionError, Family
+from moe.convert.names import FAMILIES, Names, to_ours, to_theirs
+
+MODEL = "model.json"
+_CONFIG = TypeAdapter(ModelConfig)
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+# keys of a config.json that change no number in a forward pass of ours
+_HARMLESS = {
+    "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "attention_dropout",
+    "router_aux_loss_coef", "output_router_logits", "router_jitter_noise", "aux_loss_alpha", "seq_aux", "ep_size",
+    "max_window_layers", "num_nextn_predict_layers", "rope_theta", "rope_scaling", "pretraining_tp", "_name_or_path",
+    "num_local_experts", "num_experts", "topk_method", "scoring_func", "moe_layer_freq", "head_dim", "num_layers",
+}  # fmt: skip
+
+
+class HuggingFaceFolder:
+    """A checkpoint of transformers on disk: its configuration and its safetensors files, read by name.
+
+    Raises ConversionError for a folder that holds no such thing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / "config.json").is_file():
+            raise ConversionError(f"{path} is no folder of a transformers model: it holds no config.json")
+        self.raw: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        model_type = self.raw.get("model_type")
+        if model_type not in FAMILIES:
+            raise ConversionError(f"{path}: model_type = {model_type!r} is not one of {', '.join(FAMILIES)}")
+        self.family = FAMILIES[model_type]
+        self.theirs = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        self._check_fields()
+        self.files = self._open()
+
+    @property
+    def names(self) -> set[str]:
+        """Tensors in the files."""
+        return set(self.files)
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor."""
+        return self.files[name].get_tensor(name)
+
+    def slice(self, name: str) -> Any:
+        """Return shape and dtype of a tensor without reading it."""
+        return self.files[name].get_slice(name)
+
+    def _check_fields(self) -> None:
+        known = set(self.family.config().to_dict()) | _HARMLESS
+        strange = sorted(name for name in self.raw if name not in known)
+        if strange:
+            raise ConversionError(
+                f"{self.path / 'config.json'} has fields that {self.family.model_type} does not know: "
+                f"{', '.join(strange)}; what they change would be lost"
+            )
+
+    def _open(self) -> dict[str, Any]:
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        elif (self.path / "model.safetensors").is_file():
+            shards = ["model.safetensors"]
+        else:
+            raise ConversionError(f"{self.path} holds no model.safetensors; convert pickled weights with transformers")
+        files: dict[str, Any] = {}
+        for shard in shards:
+            if Path(shard).name != shard:
+                raise ConversionError(f"{index} names {shard!r}, which is outside of its folder")
+            try:
+                file = safe_open(self.path / shard, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ConversionError(f"{self.path / shard} cannot be read: {error}") from error
+            files |= dict.fromkeys(file.keys(), file)
+        return files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A folder of transformers with the names by which ours is made of it; made by `open_source`, audited."""
+
+    folder: HuggingFaceFolder
+    config: ModelConfig
+    names: Names
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The tensors of ours, in the order in which `tensors` brings them; each in the dtype of its source."""
+        return [
+            Entry(name=name, dtype=self._dtype(name), shape=tuple(shape)) for name, shape in self.names.shapes.items()
+        ]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield our tensors one by one."""
+        for name in self.names.shapes:
+            yield self.tensor(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one of our tensors. Raises ConversionError for a part of another shape."""
+        ours = torch.empty(self.names.shapes[name], dtype=self._dtype(name))
+        for part in self.names.parts[name]:
+            value = to_ours(part, self.folder.read(part.theirs), self.config)
+            region = part.region(ours)
+            if value.shape != region.shape:
+                raise ConversionError(
+                    f"{part.theirs} is {tuple(value.shape)} where the configuration says {tuple(region.shape)}"
+                )
+            region.copy_(value)
+        return ours
+
+    def _dtype(self, name: str) -> torch.dtype:
+        # what routers learn in thousandths stays float32
+        if name.startswith("buffer/"):
+            return torch.float32
+        return DTYPES[self.folder.slice(self.names.parts[name][0].theirs).get_dtype()]
+
+
+def open_source(path: Path) -> Source:
+    """Return a folder of transformers, with every tensor accounted for. Reads headers only.
+
+    Raises ConversionError for what our model does not have, and for tensors that are missing or that nothing reads.
+    """
+    folder = HuggingFaceFolder(path)
+    config = folder.family.to_ours(folder.theirs)
+    is_fused = any(name.endswith(".experts.gate_up_proj") for name in folder.names)
+    names = Names.of(config, folder.family, is_fused=is_fused)
+    ignored = {"lm_head.weight": "tied to the embedding"} if config.tie_word_embeddings else {}
+    names.audit(folder.names, ignored)
+    return Source(folder=folder, config=config, names=names)
+
+
+def import_hf(path: Path, out: Path) -> ModelConfig:
+    """Write a folder of transformers as a model of ours; return its configuration.
+
+    Raises ConversionError before anything is written, for what cannot be converted, and for an `out` that exists.
+    """
+    source = open_source(path)
+    with appearing(out) as folder:
+        write_model(folder, source.config, source.entries, source.tensors(), origin=source.folder.family.model_type)
+        copy_tokenizer(path, folder / "tokenizer")
+    return source.config
+
+
+def write_model(
+    folder: Path, config: ModelConfig, entries: list[Entry], tensors: Iterator[Tensor], *, origin: str
+) -> None:
+    """Write configuration and weights of a model of ours into a folder."""
+    model = _CONFIG.dump_python(config, mode="json")
+    save_stream(
+        folder / "checkpoints",
+        step=0,
+        entries=entries,
+        tensors=tensors,
+        state={"step": 0, "model": model, "origin": origin},
+    )
+    write_json_atomic(folder / MODEL, model)
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """Return the configuration in a folder that import or upcycling wrote. Raises ConversionError if it is damaged."""
+    try:
+        return _CONFIG.validate_json((folder / MODEL).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{folder / MODEL} is no model configuration: {error}") from error
+
+
+def choose_family(config: ModelConfig, name: str = "auto") -> tuple[Family, PreTrainedConfig]:
+    """Return the first family that expresses a model exactly, or the one named.
+
+    Raises ConversionError saying, for each family tried, what it cannot express.
+    """
+    if name != "auto" and name not in FAMILIES:
+        raise ConversionError(f"--family {name!r} is unknown; known are auto, {', '.join(FAMILIES)}")
+    candidates = [family for family in FAMILIES.values() if family.is_moe == (config.num_experts > 0)]
+    refusals = []
+    for family in candidates if name == "auto" else [FAMILIES[name]]:
+        try:
+            return family, family.to_theirs(config)
+        except ConversionError as error:
+            refusals.append(f"{family.model_type}: {error}")
+    raise ConversionError(
+        "no architecture of transformers expresses this model; moe.convert.modeling saves it as it is, for Auto "
+        "classes with this package installed.\n  " + "\n  ".join(refusals)
+    )
+
+
+def export_hf(
+    config: ModelConfig,
+    reader: CheckpointReader,
+    out: Path,
+    *,
+    tokenizer_dir: Path,
+    family_name: str = "auto",
+    shard_bytes: int = 2 << 30,
+) -> Family:
+    """Write a checkpoint of ours as a folder that plain transformers loads; return its family.
+
+    Per-expert names, which every server understands; configuration with both spellings of the keys that changed.
+
+    Raises ConversionError before anything is written, for a model that transformers cannot express.
+    """
+    family, theirs = choose_family(config, family_name)
+    names = Names.of(config, family)
+    missing = sorted(set(names.shapes) - reader.names)
+    if missing:
+        raise ConversionError(f"{reader.path} does not hold {missing[0]} and {len(missing) - 1} more: another model")
+    with appearing(out) as folder:
+        if tokenizer_dir.is_dir():
+            copy_tokenizer(tokenizer_dir, folder)
+        _write_config(folder, family, theirs, config, reader)
+        _write_weights(folder, names, config, family, reader, shard_bytes)
+        (folder / "README.md").write_text(_card(family, config, reader), encoding="utf-8")
+    return family
+
+
+def _write_weights(
+    folder: Path, names: Names, config: ModelConfig, family: Family, reader: CheckpointReader, shard_bytes: int
+) -> None:
+    # the shape of a part is found on the meta device, by turning an empty region
+    parts = [(name, part) for name, list_ in names.parts.items() for part in list_]
+    entries = []
+    for name, part in parts:
+        empty = part.region(torch.empty(names.shapes[name], device="meta"))
+        shape = tuple(to_theirs(part, empty, config, family).shape)
+        entries.append(Entry(name=part.theirs, dtype=reader.dtype(name), shape=shape))
+    dtype = reader.dtype("model/embed_tokens.weight")
+    entries += [Entry(name=name, dtype=dtype, shape=shape) for name, shape in names.unused.items()]
+
+    def tensors() -> Iterator[Tensor]:
+        for name, part in parts:
+            if part.expert is None:
+                ours = part.region(reader.read(name))
+            else:
+                ours = reader.read(name, offset=part.expert, length=1)[0][slice(*part.rows)]
+            yield to_theirs(part, ours, config, family).contiguous()
+        for shape in names.unused.values():
+            yield torch.zeros(shape, dtype=dtype)
+
+    groups = list(split_entries(entries, limit_bytes=shard_bytes))
+    stream, weight_map = tensors(), {}
+    for number, group in enumerate(groups, 1):
+        is_whole = len(groups) == 1
+        file = "model.safetensors" if is_whole else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        write_file(folder / file, group, stream, metadata={"format": "pt"})
+        weight_map |= {entry.name: file for entry in group}
+    if len(groups) > 1:
+        size = sum(entry.bytes for entry in entries)
+        write_json_atomic(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map}
+        )
+
+
+def _write_config(
+    folder: Path, family: Family, theirs: PreTrainedConfig, config: ModelConfig, reader: CheckpointReader
+) -> None:
+    dtype = str(reader.dtype("model/embed_tokens.weight")).removeprefix("torch.")
+    special = _special_ids(folder)
+    # through JSON, where the keys of its tables are text
+    fields = {
+        **json.loads(theirs.to_json_string(use_diff=False)),
+        **special,
+        "model_type": family.model_type,
+        "rope_theta": config.rope_theta,
+    }
+    fields |= {"dtype": dtype, "torch_dtype": dtype}
+    for one, other in (("num_experts", "num_local_experts"),):
+        for name, twin in ((one, other), (other, one)):
+            if name in fields and twin not in fields:
+                fields[twin] = fields[name]
+    write_json_atomic(folder / "config.json", fields)
+    write_json_atomic(folder / "generation_config.json", {"_from_model_config": True, **special})
+
+
+def _special_ids(folder: Path) -> dict[str, int | None]:
+    """Return the ids of the tokenizer's special tokens, None where it has none: a class's default would be wrong."""
+    ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if not (folder / "tokenizer_config.json").is_file() or not (folder / "tokenizer.json").is_file():
+        return ids
+    names = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    added = {token["content"]: token["id"] for token in vocabulary.get("added_tokens", [])}
+    for key in ids:
+        token = names.get(key.removesuffix("_id"))
+        content = token.get("content") if isinstance(token, dict) else token
+        ids[key] = added.get(content)
+    return ids
+
+
+def _card(family: Family, config: ModelConfig, reader: CheckpointReader) -> str:
+    experts = f"{config.num_experts} experts, {config.num_experts_per_tok} per token" if config.num_experts else "dense"
+    return (
+        f"# {family.architecture}\n\nExported by moe-train from step {reader.step} of a run: "
+        f"{config.num_hidden_layers} layers of width {config.hidden_size}, {experts}. Loads with\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder)\ntokenizer = AutoTokenizer.from_pretrained(folder)\n```\n"
+    )
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files of a tokenizer, those that are there."""
+    target.mkdir(exist_ok=True)
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copy(source / name, target / name)
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """Yield a hidden folder that becomes `out` if all goes well, and is removed if not.
+
+    Raises ConversionError if `out` exists: nothing is overwritten.
+    """
+    if out.exists():
+        raise ConversionError(f"{out} exists; choose another folder, or remove it")
+    temporary = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for folder in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
+            fsync_folder(folder)
+        temporary.rename(out)
+        fsync_folder(out.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
