@@ -3,15 +3,18 @@
     moe train runs/NAME/recipe.json    launch again what a run wrote down, with the same overrides as its script
     moe eval RUN                       loss per domain and expert load of the newest checkpoint
     moe sample RUN --prompt "def "     text from it
+    moe import-hf DIR OUT              a folder of transformers as a model folder of ours
+    moe export-hf RUN OUT --verify     a checkpoint of ours as a folder that plain transformers loads
     moe doctor                         what this machine can run, and what is missing with its install line
 
-A RUN is the folder of a run, or of one of its checkpoints.
+A RUN is the folder of a run, or of one of its checkpoints; sample and export-hf take model folders too.
 """
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -23,7 +26,11 @@ from moe.checkpoint import (
     list_checkpoints,
     load_weights,
     newest_checkpoint,
+    open_model_folder,
 )
+from moe.config import ModelConfig
+from moe.convert import ConversionError
+from moe.counts import count_parameters
 from moe.data.prepare import prepare
 from moe.data.unigram import unigram_losses
 from moe.model import Model
@@ -33,10 +40,11 @@ from moe.recipe import main as run_recipe
 from moe.report import ReportInput, print_evaluation
 from moe.routing import RouterContext
 from moe.run import RecipeError, read_rows
-from moe.sample import complete
+from moe.sample import complete, generate
 from moe.train.evaluate import evaluate
 
 Run = Annotated[Path, tyro.conf.Positional]
+Folder = Annotated[Path, tyro.conf.Positional]
 
 
 def train(args: list[str]) -> None:
@@ -58,7 +66,10 @@ def eval_run(run: Run, /, *, sequences: int = 64) -> None:
     """
     if sequences < 1:
         raise RecipeError(f"--sequences {sequences} must be at least 1")
-    recipe, reader = open_run(run)
+    opened = open_model(run)
+    recipe, reader = opened.recipe, opened.reader
+    if recipe is None:
+        raise RecipeError(f"{run} has no recipe, so no data to evaluate on; train from it first (init_from)")
     try:
         data = prepare(recipe.data)
     except (ValueError, OSError) as error:
@@ -68,7 +79,7 @@ def eval_run(run: Run, /, *, sequences: int = 64) -> None:
             f"{reader.path} was trained on other data (fingerprint {reader.state['data_fingerprint']}, now "
             f"{data.fingerprint}): its tokens would mean something else; bring the text of {recipe.folder.path} back"
         )
-    model = load_model(recipe, reader)
+    model = opened.load()
     evaluations = evaluate(
         model,
         data,
@@ -76,7 +87,7 @@ def eval_run(run: Run, /, *, sequences: int = 64) -> None:
         sequence_length=recipe.batch.sequence_length,
         batch_sequences=recipe.batch.micro_sequences,
         max_sequences=sequences,
-        context=context_of(recipe, reader),
+        context=opened.context,
     )
     run_dir = reader.path.parent.parent
     print(f"{reader.path}")
@@ -115,23 +126,70 @@ def sample(
         top_p: draw among the likeliest that together have this probability.
         seed: the same seed gives the same text.
     """
-    recipe, reader = open_run(run)
-    model = load_model(recipe, reader)
+    opened = open_model(run)
+    model = opened.load()
     try:
         text = complete(
             model,
-            reader.path.parent.parent / "tokenizer",
+            opened.tokenizer_dir,
             prompt,
             max_new_tokens=tokens,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            context=context_of(recipe, reader),
+            context=opened.context,
         )
     except ValueError as error:
         raise RecipeError(str(error)) from error
     print(prompt + text)
+
+
+def import_hf(source: Folder, out: Folder, /) -> None:
+    """Write a folder of transformers as a model folder: `moe sample`, export, upcycling and recipes start from it.
+
+    Args:
+        source: folder with config.json and safetensors.
+        out: folder to make; must not exist.
+    """
+    from moe.convert.hf import import_hf as convert
+
+    config = convert(source, out)
+    count = count_parameters(config)
+    print(f"{out}: {count.total:,} parameters, {count.active:,} of them active per token")
+
+
+def export_hf(run: Run, out: Folder, /, *, family: str = "auto", verify: bool = False) -> None:
+    """Write a checkpoint as a folder that plain transformers loads.
+
+    Args:
+        run: folder of a run, of a checkpoint or of a model.
+        out: folder to make; must not exist.
+        family: architecture of transformers, such as qwen3_moe; auto takes the first that expresses the model exactly.
+        verify: load it in a fresh process and compare logits and 32 greedy tokens.
+    """
+    from moe.convert.hf import export_hf as convert
+    from moe.convert.verify import verify_export
+
+    opened = open_model(run)
+    chosen = convert(opened.config, opened.reader, out, tokenizer_dir=opened.tokenizer_dir, family_name=family)
+    print(f"{out}: {chosen.architecture}, from step {opened.reader.step}")
+    if verify:
+        result = verify_export(out, **computed(opened.load()))
+        print(
+            f"verified: logits within {result.difference:.1e} of the largest, {result.num_greedy} greedy tokens equal"
+        )
+
+
+@torch.no_grad()
+def computed(model: Model) -> dict[str, Any]:
+    """Return tokens, logits and greedy tokens of a model in float32: what verify_export holds an export against."""
+    model = model.float().eval()
+    length = min(64, model.config.max_position_embeddings)
+    token_BS = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    logits_BSV, _ = model(token_BS.to(model.embed_tokens.weight.device))
+    greedy = generate(model, token_BS[0, :4].tolist(), max_new_tokens=min(32, length - 4), temperature=0.0)
+    return {"token_BS": token_BS, "logits_BSV": logits_BSV, "greedy": greedy}
 
 
 def doctor() -> None:
@@ -139,6 +197,43 @@ def doctor() -> None:
     from moe.doctor import run_doctor
 
     sys.exit(run_doctor())
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """A model on disk, whoever made it."""
+
+    config: ModelConfig
+    reader: CheckpointReader
+    tokenizer_dir: Path
+    recipe: Recipe | None = None  # of the run it belongs to
+    context: RouterContext | None = None  # None: its training is over
+
+    def load(self) -> Model:
+        """Return the model on this process alone, ready to evaluate."""
+        groups = ParallelGroups.single("cuda" if torch.cuda.is_available() else "cpu")
+        backend = self.recipe.backend if self.recipe is not None else "auto"
+        with torch.device(groups.device):
+            model = Model(self.config, groups=groups, backend=backend)
+        load_weights(model, self.reader)
+        return model.eval()
+
+
+def open_model(path: Path) -> OpenedModel:
+    """Return the model of a run, a checkpoint or a model folder. Raises RecipeError if there is none."""
+    root = path.parent.parent if (path / "manifest.json").exists() else path
+    if (root / "model.json").exists():
+        config, reader = open_model_folder(root)
+        return OpenedModel(config=config, reader=reader, tokenizer_dir=root / "tokenizer")
+    recipe, reader = open_run(path)
+    return OpenedModel(
+        config=recipe.model,
+        reader=reader,
+        tokenizer_dir=reader.path.parent.parent / "tokenizer",
+        recipe=recipe,
+        # a pool of experts may still have been growing
+        context=RouterContext(seed=recipe.seed, step=reader.step, progress=reader.step / recipe.trainer.steps),
+    )
 
 
 def open_run(path: Path) -> tuple[Recipe, CheckpointReader]:
@@ -159,25 +254,16 @@ def open_run(path: Path) -> tuple[Recipe, CheckpointReader]:
     return read_recipe(recipe_file), CheckpointReader.open(checkpoint)
 
 
-def context_of(recipe: Recipe, reader: CheckpointReader) -> RouterContext:
-    """Return what routers may know at the step of a checkpoint: a pool of experts may still have been growing."""
-    return RouterContext(seed=recipe.seed, step=reader.step, progress=reader.step / recipe.trainer.steps)
-
-
-def load_model(recipe: Recipe, reader: CheckpointReader) -> Model:
-    """Return the model of a checkpoint on this process alone, ready to evaluate."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    groups = ParallelGroups.single(device)
-    with torch.device(groups.device):
-        model = Model(recipe.model, groups=groups, backend=recipe.backend)
-    load_weights(model, reader)
-    return model.eval()
-
-
 def main(args: list[str] | None = None) -> None:
     """The entry point of `moe`. Ends the process with 2 for anything the user can put right."""
     args = sys.argv[1:] if args is None else args
-    commands: dict[str, Callable[..., None]] = {"eval": eval_run, "sample": sample, "doctor": doctor}
+    commands: dict[str, Callable[..., None]] = {
+        "eval": eval_run,
+        "sample": sample,
+        "import-hf": import_hf,
+        "export-hf": export_hf,
+        "doctor": doctor,
+    }
     try:
         # a recipe's own fields are the flags of `train`, and they are known only once the file is read
         if args[:1] == ["train"]:
@@ -186,6 +272,6 @@ def main(args: list[str] | None = None) -> None:
             tyro.extras.subcommand_cli_from_dict(
                 {"train": train, **commands}, prog="moe", description=__doc__, args=args
             )
-    except (RecipeError, CheckpointError) as error:
+    except (RecipeError, CheckpointError, ConversionError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,6 +1,7 @@
 """ModelConfig: what describes a model, in Hugging Face's names, and what cannot be built from it."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from moe.blocks.attention import QkNorm
 from moe.blocks.chain import ChainConfig
@@ -134,6 +135,23 @@ class ModelConfig:
         """What to call the routings of a forward pass, in order: the layer and, in a chain, the round."""
         rounds = [f" round {t + 1}" for t in range(self.chain.rounds)] if self.chain.rounds > 1 else [""]
         return tuple(f"{index}{suffix}" for index in self.moe_layers for suffix in rounds)
+
+    def meaning(self) -> dict[str, Any]:
+        """Return what a trained model computes, in fields that are equal where two configurations mean the same.
+
+        How layers are said to be dense, first weights, and what only steers training is left out.
+        """
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        for name in ("first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers", "initializer_range"):
+            del values[name]
+        if not self.num_dense_layers:
+            values["intermediate_size"] = 0
+        if not self.kv_lora_rank:
+            values["head_dim"] = self.attention_head_dim
+        if not self.capacity.factor:
+            values["capacity"] = CapacityConfig()
+        values["router"] = self.router.meaning() if self.num_experts else None
+        return {**values, "moe_layers": self.moe_layers}
 
     def validate(self) -> None:
         """Raise ValueError with the value, the limit and the remedy if no model can be built from this."""

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from moe.balance.load import BalanceConfig
-from moe.checkpoint import CheckpointError, CheckpointReader, RunLockedError
+from moe.checkpoint import CheckpointError, CheckpointReader, RunLockedError, load_weights
 from moe.data.batching import BatchConfig
 from moe.data.prepare import DataConfig, declared_vocab_size, prepare, validate_data
 from moe.data.store import PreparedData
@@ -37,7 +37,7 @@ from moe.parallel.dispatch import check_expert_split
 from moe.parallel.groups import ParallelConfig, ParallelGroups, launched_rank, launched_world_size, start_process_group
 from moe.plan import plan_text
 from moe.report import ReportInput, next_commands, print_report
-from moe.run import RecipeError, RunFolder, Start, read_rows
+from moe.run import RecipeError, RunFolder, Start, check_same_model, open_weights, read_rows
 from moe.sample import complete
 from moe.train import prepare_environment
 from moe.train.console import RunConsole
@@ -58,6 +58,8 @@ class Recipe:
     name: str  # of the run folder, runs_dir/name
     seed: int = 0
     runs_dir: str = "runs"
+    init_from: str = ""
+    """Folder whose weights the run starts with: a model folder (import, upcycling), a run, or a checkpoint."""
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig
@@ -95,6 +97,8 @@ class Recipe:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             resolve_backend(self.backend, device, self.dtype, widths=self._expert_widths)
             if check_data:
+                if self.init_from:
+                    check_same_model(self.model, Path(self.init_from))
                 validate_data(self.data)
                 if self.data.tokenizer:
                     check_vocabulary(self.model.vocab_size, declared_vocab_size(Path(self.data.tokenizer)))
@@ -321,6 +325,9 @@ def _train(recipe: Recipe, start: Start, data: PreparedData, groups: ParallelGro
         )
     if reader is None:
         initialise(model, seed=recipe.seed)
+        if recipe.init_from:
+            _, weights = open_weights(Path(recipe.init_from), check_hashes=groups.rank == 0)
+            load_weights(model, weights)
     engine = Engine(model=model, groups=groups, optimizer=recipe.optimizer, parallel=recipe.parallel)
     is_first = groups.rank == 0
     tracker = (

@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from moe.checkpoint import (
     CheckpointError,
     CheckpointReader,
     RunLock,
     list_checkpoints,
     newest_checkpoint,
+    open_model_folder,
     remove_leftovers,
     write_json_atomic,
     write_text_atomic,
 )
+from moe.config import ModelConfig
 
 # what may change between a run and its continuation: where and how often, not what is computed
 _FREE_ON_RESUME = (
@@ -40,12 +44,41 @@ _FREE_ON_RESUME = (
     # the fingerprint of the data holds what they say, wherever it lies
     "data.sources",
     "data.tokenizer",
+    "init_from",  # has been read, and may be gone
     "name",  # of the folder, which may be renamed
 )
 
 
 class RecipeError(ValueError):
     """A recipe, a run folder or data that cannot be used; the message says what, why and what to do."""
+
+
+def open_weights(path: Path, *, check_hashes: bool = True) -> tuple[ModelConfig, CheckpointReader]:
+    """Return model and weights that a run may start from: of a model folder, a checkpoint, or a run's newest one.
+
+    Raises RecipeError if there is none, or it is damaged.
+    """
+    try:
+        if (path / "model.json").exists():
+            return open_model_folder(path, check_hashes=check_hashes)
+        newest = newest_checkpoint(path / "checkpoints", report=lambda _: None)
+        folder = path if (path / "manifest.json").exists() else newest
+        if folder is None:
+            raise RecipeError(f"init_from = {str(path)!r} is no model folder, run or checkpoint")
+        reader = CheckpointReader.open(folder, check_hashes=check_hashes)
+        return TypeAdapter(ModelConfig).validate_python(reader.state["recipe"]["model"]), reader
+    except (CheckpointError, KeyError, ValidationError) as error:
+        raise RecipeError(f"init_from = {str(path)!r}: {error}") from error
+
+
+def check_same_model(model: ModelConfig, path: Path) -> None:
+    """Raise RecipeError naming the fields in which the model in `path` computes something else than `model`."""
+    wanted, found = model.meaning(), open_weights(path, check_hashes=False)[0].meaning()
+    # a run may be shorter than what its model could read
+    wrong = [name for name in wanted if wanted[name] != found[name] and name != "max_position_embeddings"]
+    if wrong:
+        text = "; ".join(f"model.{name} = {wanted[name]!r}, there {found[name]!r}" for name in wrong)
+        raise RecipeError(f"init_from = {str(path)!r} holds another model: {text}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,13 +12,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from moe.config import ModelConfig
-from moe.routers.capacity import CapacityConfig
+from moe.convert import ConversionError
 from moe.routers.topk import TopKConfig
 from moe.routers.zero_experts import ZeroExpertsConfig
-
-
-class ConversionError(ValueError):
-    """A checkpoint or a model cannot be converted; the message names the field or the tensor and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +87,7 @@ class Family:
             common["head_dim"] = config.attention_head_dim
         try:
             theirs = self.config(**{**common, **self.write(config)})
-            wanted, found = meaning(config), meaning(self.to_ours(theirs))
+            wanted, found = config.meaning(), self.to_ours(theirs).meaning()
         except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
             raise ConversionError(f"{self.model_type} cannot express this model: {error}") from error
         differing = [name for name in wanted if wanted[name] != found[name]]
@@ -100,27 +96,6 @@ class Family:
             raise ConversionError(f"{self.model_type} cannot express {'; '.join(wrong)}")
         theirs.architectures = [self.architecture]
         return theirs
-
-
-def meaning(config: ModelConfig) -> dict[str, Any]:
-    """Return what a trained model computes, in fields that are equal where two configurations mean the same."""
-    router: Any = config.router
-    if config.num_experts:
-        learning = ("bias_update_rate", "router_jitter_noise", "bias_update_rule", "target_experts_per_tok")
-        learning = tuple(name for name in learning if hasattr(router, name))
-        router = replace(router, **{name: getattr(type(router)(), name) for name in learning})
-    else:
-        router = None
-    fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    for name in ("first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers", "initializer_range"):
-        del fields[name]
-    if not config.num_dense_layers:
-        fields["intermediate_size"] = 0
-    if config.capacity.factor == 0:
-        fields["capacity"] = CapacityConfig()
-    if not config.kv_lora_rank:
-        fields["head_dim"] = config.attention_head_dim
-    return {**fields, "router": router, "moe_layers": config.moe_layers}
 
 
 def _expect(theirs: Any, **values: Any) -> None:

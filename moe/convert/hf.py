@@ -1,9 +1,4 @@
-"""Import and export: folders of transformers to checkpoints of ours and back, tensor by tensor.
-
-    OUT/                        what import writes, and `moe sample`, `moe export-hf` and recipes start from
-      model.json                the ModelConfig
-      checkpoints/step_00000000/
-      tokenizer/
+"""Import and export: folders of transformers to model folders of ours and back, tensor by tensor.
 
 Names and configurations are held against each other before the first byte is read, and the folder appears under its
 name only when it is complete. Memory is bounded by a few tensors: a model is never held whole.
@@ -18,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
@@ -26,13 +20,13 @@ from transformers import AutoConfig, PreTrainedConfig
 from moe.checkpoint import CheckpointReader, write_json_atomic
 from moe.checkpoint.atomic import fsync_folder
 from moe.checkpoint.manifest import DTYPES
-from moe.checkpoint.stream import Entry, save_stream, split_entries, write_file
+from moe.checkpoint.model_folder import write_model
+from moe.checkpoint.stream import Entry, split_entries, write_file
 from moe.config import ModelConfig
-from moe.convert.families import ConversionError, Family
+from moe.convert import ConversionError
+from moe.convert.families import Family
 from moe.convert.names import FAMILIES, Names, to_ours, to_theirs
 
-MODEL = "model.json"
-_CONFIG = TypeAdapter(ModelConfig)
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -177,29 +171,6 @@ def import_hf(path: Path, out: Path) -> ModelConfig:
         write_model(folder, source.config, source.entries, source.tensors(), origin=source.folder.family.model_type)
         copy_tokenizer(path, folder / "tokenizer")
     return source.config
-
-
-def write_model(
-    folder: Path, config: ModelConfig, entries: list[Entry], tensors: Iterator[Tensor], *, origin: str
-) -> None:
-    """Write configuration and weights of a model of ours into a folder."""
-    model = _CONFIG.dump_python(config, mode="json")
-    save_stream(
-        folder / "checkpoints",
-        step=0,
-        entries=entries,
-        tensors=tensors,
-        state={"step": 0, "model": model, "origin": origin},
-    )
-    write_json_atomic(folder / MODEL, model)
-
-
-def read_model_config(folder: Path) -> ModelConfig:
-    """Return the configuration in a folder that import or upcycling wrote. Raises ConversionError if it is damaged."""
-    try:
-        return _CONFIG.validate_json((folder / MODEL).read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{folder / MODEL} is no model configuration: {error}") from error
 
 
 def choose_family(config: ModelConfig, name: str = "auto") -> tuple[Family, PreTrainedConfig]:

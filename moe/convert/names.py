@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from moe.config import ModelConfig
-from moe.convert import families
-from moe.convert.families import ConversionError, Family
+from moe.convert import ConversionError, families
+from moe.convert.families import Family
 from moe.model import Model
 from moe.parallel.groups import ParallelGroups
 

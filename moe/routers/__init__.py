@@ -5,7 +5,7 @@ builds. The configuration is what is registered; its `kind` is the name in recip
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import TypeAdapter, WrapSerializer, WrapValidator
@@ -41,6 +41,7 @@ class RouterConfig:
     kind: ClassVar[str]
     is_causal: ClassVar[bool] = True  # the choice for a token looks at no later one
     balances_itself: ClassVar[bool] = False  # loads are even by construction; a load-balancing loss would only disturb
+    only_for_training: ClassVar[tuple[str, ...]] = ()  # fields that a trained model does not depend on
     may_drop: ClassVar[bool] = True  # a capacity makes sense: nothing in the router counts on every row being run
 
     def validate(self, *, num_experts: int, num_experts_per_tok: int) -> None:
@@ -54,6 +55,11 @@ class RouterConfig:
     def mean_experts_per_tok(self, num_experts_per_tok: int) -> float:
         """Return how many experts the average token runs, as far as the configuration says: what plans count with."""
         return num_experts_per_tok
+
+    def meaning(self) -> "RouterConfig":
+        """Return the configuration with what only steers training at its defaults: equal ones route alike."""
+        default = type(self)()
+        return replace(self, **{name: getattr(default, name) for name in self.only_for_training})
 
     def check_can_close_experts(self) -> None:
         """Raise ValueError with the remedy unless the router obeys RouterContext.open_E (growing pools)."""

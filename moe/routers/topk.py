@@ -11,7 +11,7 @@ Ties go to the lower expert id.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ from moe.routing import RouterContext, Routing
 @dataclass(frozen=True, kw_only=True)
 class TopKConfig(RouterConfig):
     """Top-k router. Field names as in Hugging Face configurations where they have one."""
+
+    only_for_training: ClassVar[tuple[str, ...]] = ("bias_update_rate", "router_jitter_noise")
 
     scoring_func: Literal["softmax", "sigmoid"] = "softmax"
     softmax_after_topk: bool = False  # weights are a softmax over the chosen logits

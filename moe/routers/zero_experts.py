@@ -35,6 +35,15 @@ class ZeroExpertsConfig(RouterConfig):
     """Router over real and zero-computation experts; model.num_experts_per_tok is K, of both kinds together."""
 
     may_drop: ClassVar[bool] = False  # how many rows run is what its bias holds
+    only_for_training: ClassVar[tuple[str, ...]] = (
+        "target_experts_per_tok",
+        "bias_update_rule",
+        "bias_update_rate",
+        "proportional_gain",
+        "derivative_gain",
+        "device_loss_coefficient",
+        "num_device_groups",
+    )
     num_identity_experts: int = 4
     num_zero_experts: int = 0
     num_constant_experts: int = 0

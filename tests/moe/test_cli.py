@@ -1,12 +1,15 @@
 """`moe`: every command on a run trained for a few steps, and on what is no run."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from moe.checkpoint import list_checkpoints
 from moe.cli import main
 from moe.recipe import Recipe
+from moe.routers.topk import TopKConfig
+from moe.run import RecipeError
 from runs import curve, rows_of, small_recipe, train
 
 
@@ -61,9 +64,42 @@ def test_doctor_says_what_runs_here(capsys):
         assert word in text
 
 
+def test_a_run_goes_out_and_comes_back_and_trains_on(trained, pool, tmp_path, capsys):
+    out, back = tmp_path / "out", tmp_path / "back"
+    main(["export-hf", str(trained.folder.path), str(out), "--verify"])
+    text = capsys.readouterr().out
+    assert "MixtralForCausalLM, from step 6" in text
+    assert "verified: logits within" in text and "32 greedy tokens equal" in text
+    main(["import-hf", str(out), str(back)])
+    assert "active per token" in capsys.readouterr().out
+    prompts = []
+    for place in (trained.folder.path, back):
+        main(["sample", str(place), "--prompt", "def ", "--tokens", "8"])
+        prompts.append(capsys.readouterr().out)
+    assert prompts[0] == prompts[1]
+    # two ranks with expert parallelism start from it where the run ended
+    root = trained.folder.path.parent.parent
+    data = {"cache_dir": trained.data.cache_dir, "tokenizer": str(back / "tokenizer")}
+    further = small_recipe(root, "further", steps=2, data=data, parallel={"ep_size": 2})
+    pool.run(train, replace(further, init_from=str(back)), world_size=2)
+    ended = [row for row in rows_of(trained) if "eval/cpp/loss" in row][-1]
+    started = next(row for row in rows_of(further) if "eval/cpp/loss" in row)
+    assert started["step"] == 0
+    for domain in ("cpp", "maths"):
+        assert started[f"eval/{domain}/loss"] == pytest.approx(ended[f"eval/{domain}/loss"], rel=1e-5)
+    other = replace(further, name="other", model=replace(further.model, num_experts_per_tok=1))
+    other = replace(other, init_from=str(back), model=replace(other.model, router=TopKConfig()))
+    with pytest.raises(RecipeError, match="num_experts_per_tok = 1, there 2"):
+        other.validate(world_size=2)
+    with pytest.raises(RecipeError, match="is no model folder, run or checkpoint"):
+        replace(further, init_from=str(tmp_path / "none")).validate(world_size=2)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["import-hf", "no/such/folder", "out"], "no folder of a transformers model"),
+        (["export-hf", "no/such/run", "out"], "neither a run folder"),
         (["eval", "no/such/run"], "neither a run folder"),
         (["sample", "no/such/run"], "neither a run folder"),
         (["train", "no/such/recipe.json"], "no recipe at"),

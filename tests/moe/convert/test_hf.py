@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_folders import FIELDS, make_model, save
-from moe.checkpoint import CheckpointReader, load_weights
-from moe.convert.families import ConversionError
-from moe.convert.hf import choose_family, export_hf, import_hf, open_source, read_model_config
+from moe.checkpoint import CheckpointError, CheckpointReader, load_weights, read_model_config
+from moe.cli import computed
+from moe.convert import ConversionError
+from moe.convert.hf import choose_family, export_hf, import_hf, open_source
 from moe.convert.names import FAMILIES
+from moe.convert.verify import verify_export
 from moe.model import Model
 from moe.parallel.groups import ParallelGroups
 from moe.presets import coe, mixtral_8x7b
@@ -204,7 +206,7 @@ def test_folders_that_are_none_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ConversionError, match="holds no model.safetensors"):
         open_source(tmp_path)
-    with pytest.raises(ConversionError, match="is no model configuration"):
+    with pytest.raises(CheckpointError, match="is no model configuration"):
         read_model_config(tmp_path)
 
 
@@ -244,3 +246,15 @@ def test_a_killed_import_leaves_no_folder_and_can_be_repeated(made, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
     with pytest.raises(ConversionError, match="exists; choose another folder"):
         import_hf(folder, tmp_path / "ours")
+
+
+def test_verify_loads_an_export_in_a_process_of_its_own_and_sees_a_wrong_one(made, tmp_path):
+    import_hf(made("qwen3_moe")[0], tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "out")
+    given = computed(model_of(tmp_path / "ours"))
+    result = verify_export(tmp_path / "out", **given)
+    assert result.difference <= 1e-5 and result.num_greedy == 32
+    with pytest.raises(ConversionError, match="logits in transformers differ"):
+        verify_export(tmp_path / "out", **{**given, "logits_BSV": given["logits_BSV"] * 1.01})
+    with pytest.raises(ConversionError, match="transformers continues with"):
+        verify_export(tmp_path / "out", **{**given, "greedy": [*given["greedy"][:-1], 60 - given["greedy"][-1]]})

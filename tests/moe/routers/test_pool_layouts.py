@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moe.blocks.chain import ChainConfig
-from moe.cli import context_of, load_model, open_run
+from moe.cli import open_model
 from moe.data.prepare import prepare
 from moe.parallel.groups import ParallelGroups
 from moe.recipe import main
@@ -89,9 +89,9 @@ def test_a_checkpoint_is_evaluated_with_the_experts_that_were_open_at_its_step(r
     recipe = small_recipe(run_root, model={"reuse": reuse}, trainer={"save_every": 3, "eval_every": 3})
     train(recipe)
     for step in (3, 6):
-        _, reader = open_run(recipe.folder.path / "checkpoints" / f"step_{step:08d}")
-        model, results = load_model(recipe, reader), {}
-        for name, context in (("at its step", context_of(recipe, reader)), ("all open", None)):
+        opened = open_model(recipe.folder.path / "checkpoints" / f"step_{step:08d}")
+        model, results = opened.load(), {}
+        for name, context in (("at its step", opened.context), ("all open", None)):
             results[name] = evaluate(
                 model,
                 prepare(recipe.data),
