@@ -4,6 +4,7 @@
     moe eval RUN                       loss per domain and expert load of the newest checkpoint
     moe sample RUN --prompt "def "     text from it
     moe import-hf DIR OUT              a folder of transformers as a model folder of ours
+    moe upcycle DIR OUT --num-experts 8   a dense folder of transformers as an MoE, a model folder
     moe export-hf RUN OUT --verify     a checkpoint of ours as a folder that plain transformers loads
     moe doctor                         what this machine can run, and what is missing with its install line
 
@@ -42,6 +43,7 @@ from moe.routing import RouterContext
 from moe.run import RecipeError, read_rows
 from moe.sample import complete, generate
 from moe.train.evaluate import evaluate
+from moe.upcycle import UpcycleConfig
 
 Run = Annotated[Path, tyro.conf.Positional]
 Folder = Annotated[Path, tyro.conf.Positional]
@@ -159,6 +161,24 @@ def import_hf(source: Folder, out: Folder, /) -> None:
     print(f"{out}: {count.total:,} parameters, {count.active:,} of them active per token")
 
 
+def upcycle(source: Folder, out: Folder, /, *, config: Annotated[UpcycleConfig, tyro.conf.arg(name="")]) -> None:
+    """Make an MoE of a dense folder of transformers: the plan is printed before anything is written.
+
+    Args:
+        source: folder with config.json and safetensors, of a dense model.
+        out: folder to make; must not exist.
+    """
+    from moe.upcycle.run import plan
+    from moe.upcycle.run import upcycle as write
+
+    made = plan(source, config)
+    print(made)
+    write(made, source, out)
+    print(
+        f"{out} is written; a recipe trains on from it with init_from, `moe export-hf {out} DIR` writes it for others"
+    )
+
+
 def export_hf(run: Run, out: Folder, /, *, family: str = "auto", verify: bool = False) -> None:
     """Write a checkpoint as a folder that plain transformers loads.
 
@@ -261,6 +281,7 @@ def main(args: list[str] | None = None) -> None:
         "eval": eval_run,
         "sample": sample,
         "import-hf": import_hf,
+        "upcycle": upcycle,
         "export-hf": export_hf,
         "doctor": doctor,
     }

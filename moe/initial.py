@@ -38,9 +38,9 @@ def initialise(model: Model, *, seed: int) -> None:
                 parameter.zero_()
             elif isinstance(module, Experts):
                 for local, weight in enumerate(parameter):
-                    weight.copy_(scale * _draw(weight.shape, f"{seed}/{name}/{module.first_expert + local}"))
+                    weight.copy_(scale * draw(weight.shape, f"{seed}/{name}/{module.first_expert + local}"))
             else:
-                parameter.copy_(scale * _draw(parameter.shape, f"{seed}/{name}"))
+                parameter.copy_(scale * draw(parameter.shape, f"{seed}/{name}"))
         for buffer in module.buffers(recurse=False):
             # buffers hold what controllers learn (selection bias); all of it starts at zero
             buffer.zero_()
@@ -52,10 +52,14 @@ def residual_std(config: ModelConfig) -> float:
     return config.initializer_range / math.sqrt(num_branches)
 
 
-def _draw(shape: torch.Size, key: str) -> Tensor:
-    """Return standard normal float32 on the CPU, a pure function of `key`."""
+def generator(key: str) -> np.random.Generator:
+    """Return a random generator that is a pure function of `key`."""
     # torch's CPU generator reads 32 bits of its seed, so of ten thousand tensors two may well get the same
     # numbers; Python's hash() differs from process to process
     digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
-    generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
-    return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+
+
+def draw(shape: torch.Size | tuple[int, ...], key: str) -> Tensor:
+    """Return standard normal float32 on the CPU, a pure function of `key`."""
+    return torch.from_numpy(generator(key).standard_normal(tuple(shape), dtype=np.float32))
