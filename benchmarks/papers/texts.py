@@ -1,6 +1,6 @@
 """The two texts that studies of single papers train on. One kind of text per sequence, all kinds equally often.
 
-    chains   64 tokens. easy: the next token is a function of this one, 0 nats at best. hard: over the first 16 tokens,
+    chains   64 tokens. easy: the next token is a function of this one, 0 nats at best. hard: over the first 20 tokens,
              one of four that follow the last two, equally likely: log 4 = 1.39 nats at best
     corpus   bytes of the built-in corpus, a cut of 400 kB of each of its four domains; whole documents are held out
 
@@ -20,7 +20,9 @@ from moe.data.split import plan_split
 
 SEQUENCE = 64
 VOCABULARY = 64  # of the chains
-HARD_SYMBOLS, HARD_CHOICES = 16, 4
+# With 64 symbols 500 steps learn nothing (4.0 nats). With 20, on seed 0 and the model of toy.py, top-1, top-2 and top-4
+# end at 1.86, 1.74 and 1.71; with 16 at 1.61, 1.54 and 1.53, nearer to each other and to the floor.
+HARD_SYMBOLS, HARD_CHOICES = 20, 4
 CORPUS_BYTES, HELD_OUT = 400_000, 0.05  # of a domain
 
 
@@ -28,7 +30,6 @@ CORPUS_BYTES, HELD_OUT = 400_000, 0.05  # of a domain
 class Text:
     """Sequences of G kinds, int64 [G, number of sequences, SEQUENCE + 1]."""
 
-    kinds: tuple[str, ...]
     vocabulary: int
     training: Tensor
     validation: Tensor
@@ -47,12 +48,7 @@ def chains(seed: int, num_training: int, num_validation: int) -> Text:
         choice = torch.randint(HARD_CHOICES, (num_sequences,), generator=draw)
         hard.append(next_HHC[hard[-2], hard[-1], choice])
     both = torch.stack((torch.stack(easy, 1), torch.stack(hard[1:], 1)))
-    return Text(
-        kinds=("easy", "hard"),
-        vocabulary=VOCABULARY,
-        training=both[:, :num_training],
-        validation=both[:, num_training:],
-    )
+    return Text(vocabulary=VOCABULARY, training=both[:, :num_training], validation=both[:, num_training:])
 
 
 def corpus(seed: int, num_training: int, num_validation: int) -> Text:
@@ -71,11 +67,10 @@ def corpus(seed: int, num_training: int, num_validation: int) -> Text:
             )
         training.append(known[torch.randperm(len(known), generator=draw)[:num_training]])
         validation.append(held_out[:: len(held_out) // num_validation][:num_validation])
-    return Text(
-        kinds=tuple(BUILTINS), vocabulary=256, training=torch.stack(training), validation=torch.stack(validation)
-    )
+    return Text(vocabulary=256, training=torch.stack(training), validation=torch.stack(validation))
 
 
+KINDS = {"chains": ("easy", "hard"), "corpus": tuple(BUILTINS)}
 TEXTS: dict[str, Callable[[int, int, int], Text]] = {"chains": chains, "corpus": corpus}
 
 

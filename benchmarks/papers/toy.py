@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from texts import SEQUENCE, TEXTS
+from texts import KINDS, SEQUENCE, TEXTS
 from torch import Tensor
 
 from moe.balance.load import BalanceConfig, GlobalLoad
@@ -31,7 +31,7 @@ from moe.train.step import end_routers_step
 
 SEQUENCES = 16  # of a step, the same number of every kind
 VALIDATION = 64  # sequences of each kind
-WIDTH, EXPERT_WIDTH = 64, 16
+WIDTH, EXPERT_WIDTH = 64, 32
 WINDOW = 50  # figures of load and counts are means over the last steps
 CURVE = 25  # steps in a point of a curve
 
@@ -135,7 +135,7 @@ def train(
     text: str, name: str, variant: Variant, seed: int, steps: int, *, commit: str, report: Callable[[str], None]
 ) -> tuple[Row, list[Point]]:
     """Train one model and return its figures and its curve."""
-    per_step = SEQUENCES // 2 if text == "chains" else SEQUENCES // 4
+    per_step = SEQUENCES // len(KINDS[text])
     drawn = TEXTS[text](seed, steps * per_step, VALIDATION)
     model = Model(make_config(variant, drawn.vocabulary), groups=ParallelGroups.single())
     initialise(model, seed=seed)
@@ -155,7 +155,7 @@ def train(
         train_step(model, optimizer, load, variant.balance, batch, context, trace)
         if (step + 1) % 100 == 0:
             report(f"{text} {name} seed {seed} step {step + 1}: {trace.losses[-1]:.3f}, {trace.experts[-1]:.2f}")
-    figures = held_out_figures(model, drawn.validation, drawn.kinds) | load_figures(trace, variant.reuse.group_size)
+    figures = held_out_figures(model, drawn.validation, KINDS[text]) | load_figures(trace, variant.reuse.group_size)
     row = Row(
         date=datetime.date.today().isoformat(),
         commit=commit,

@@ -42,7 +42,7 @@ def test_easy_chains_are_certain_and_hard_ones_have_four_equally_likely_successo
 def test_the_order_of_the_corpus_depends_on_the_seed_alone(load) -> None:
     texts = load("texts")
     first, again, other = (texts.corpus(seed, 50, 20) for seed in (0, 0, 1))
-    assert first.training.shape == (4, 50, texts.SEQUENCE + 1)
+    assert first.training.shape == (len(texts.KINDS["corpus"]), 50, texts.SEQUENCE + 1)
     assert first.training.equal(again.training)
     assert not first.training.equal(other.training)
     assert first.validation.equal(other.validation)
