@@ -33,7 +33,7 @@ from toy import Point, Trace
 from moe.balance.load import BalanceConfig, GlobalLoad
 from moe.balance.statistics import collect
 from moe.blocks.chain import ChainConfig, run_chain
-from moe.counts import count_parameters, match_compute
+from moe.counts import ExpertCompute, count_parameters, match_compute
 from moe.initial import initialise
 from moe.model import Model, ModelConfig
 from moe.parallel.groups import ParallelGroups
@@ -103,7 +103,7 @@ class Row:
     loss_held_out: float
     accuracy: float
     accuracy_held_out: float
-    expert_runs: float  # per question, from match_compute
+    expert_runs: float  # per question, as match_compute counts them
     expert_flops: int
     parameters_experts: int
     load_violation: float  # max / mean - 1 of a round's counts, mean over rounds, over the questions trained on
@@ -172,7 +172,7 @@ def train(name: str, seed: int, options: Options, commit: str) -> tuple[Row, lis
     load, balance = GlobalLoad(scope="micro", group=None), BalanceConfig(coefficient=0.01)
     draw = torch.Generator().manual_seed(seed)
     trace = Trace()
-    compute = match_compute(config).chain
+    compute = ExpertCompute.of(config)
     for step in range(steps):
         chosen = torch.randint(num_known, (BATCH,), generator=draw)
         start = time.thread_time()
