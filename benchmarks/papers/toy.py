@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe.balance.load import BalanceConfig, GlobalLoad
 from moe.balance.statistics import collect
+from moe.blocks.chain import ChainConfig
 from moe.counts import flops_per_token
 from moe.initial import initialise
 from moe.model import Model, ModelConfig
@@ -44,6 +45,7 @@ class Variant:
     num_experts: int = 8
     num_experts_per_tok: int = 2
     num_hidden_layers: int = 2
+    chain: ChainConfig = dataclasses.field(default_factory=ChainConfig)
     reuse: ReuseConfig = dataclasses.field(default_factory=ReuseConfig)
     balance: BalanceConfig = dataclasses.field(default_factory=lambda: BalanceConfig(coefficient=0.01))
     change: Callable[[Model], None] | None = None
@@ -127,6 +129,7 @@ def make_config(variant: Variant, vocabulary: int) -> ModelConfig:
         num_experts_per_tok=variant.num_experts_per_tok,
         moe_intermediate_size=EXPERT_WIDTH,
         router=variant.router,
+        chain=variant.chain,
         reuse=variant.reuse,
     )
 
@@ -201,14 +204,14 @@ def train_step(
     end_routers_step(model, counts_LE, context, num_tokens=label_BS.numel())
     trace.times_ms.append((time.thread_time() - start) * 1e3)
     trace.losses.append(terms.lm.item())
-    trace.experts.append(counts_LE.sum().item() / counts_LE.shape[0] / label_BS.numel())
+    trace.experts.append(counts_LE.sum().item() / len(model.layers) / label_BS.numel())
     trace.counts_SLE.append(counts_LE)
 
 
 def forward_flops(config: ModelConfig, experts: float) -> float:
     """Return operations of a token's forward pass if a layer runs `experts` experts on average."""
     of_one = 6 * config.hidden_size * config.moe_intermediate_size * config.num_hidden_layers
-    return flops_per_token(config, SEQUENCE) + of_one * (experts - config.mean_experts_per_tok)
+    return flops_per_token(config, SEQUENCE) + of_one * (experts - config.chain.rounds * config.mean_experts_per_tok)
 
 
 def load_figures(trace: Trace, group_size: int) -> dict[str, float]:
@@ -234,7 +237,8 @@ def held_out_figures(model: Model, validation: Tensor, kinds: tuple[str, ...]) -
         total = language_model_loss(logits_BSV, label_BS, torch.ones_like(label_BS, dtype=torch.bool))
         losses.append(total.item() / label_BS.numel())
         used = [r.assignment.token_N[r.assignment.expert_N < r.assignment.num_experts] for r in routings]
-        counts.append(torch.stack([torch.bincount(token_N, minlength=label_BS.numel()) for token_N in used]).double())
+        counts_LT = torch.stack([torch.bincount(token_N, minlength=label_BS.numel()) for token_N in used]).double()
+        counts.append(counts_LT * model.config.chain.rounds)
     model.train()
     low, high = losses.index(min(losses)), losses.index(max(losses))
     return {
