@@ -8,7 +8,7 @@ import dataclasses
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import TypeAdapter
@@ -28,7 +28,7 @@ Record = TypeVar("Record")
 class Options:
     """What to run. A study is what the defaults say."""
 
-    texts: tuple[str, ...] = ("chains", "corpus")
+    texts: tuple[Literal["chains", "corpus"], ...] = ("chains", "corpus")
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 500
     record: bool = True
