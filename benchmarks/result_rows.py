@@ -73,7 +73,7 @@ def append_rows(path: Path, rows: list[Any]) -> None:
     if not is_new:
         found = path.read_text().splitlines()[0].split(",")
         if found != columns:
-            raise ValueError(f"{path} has the columns {found}, not {columns}; choose another --machine")
+            raise ValueError(f"{path} has the columns {found}, not {columns}; move it away or choose another name")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if is_new:

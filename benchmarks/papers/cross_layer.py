@@ -1,0 +1,98 @@
+"""Do layers gain from the experts of their neighbours? ReXMoE (arXiv 2510.17483) in small.
+
+    python benchmarks/papers/cross_layer.py                        # 6 variants x 2 texts x 3 seeds, one core
+    python benchmarks/papers/cross_layer.py --steps 50 --seeds 0 --no-record
+
+Four MoE layers with 8 experts each, 2 per token. Groups of r layers choose among 8 r experts, with or without a pool
+that grows (progressive scaling, linear, from 21 to 63 % of the run, as in the paper). The paper finds most of its gain
+in growth and not in reuse, and lacks the plain model under the same mask, which is here:
+
+    r = 1 masked     no reuse; of a layer's own 8 experts, 2, growing to 8, are open at a step, drawn at random: the
+                     share that r = 4 with growth has open. ReuseConfig expresses growth only for a pool of several
+                     layers, so the mask is laid on from here.
+
+Equal tokens, equal experts per token; routers have r times as many rows, which mflops counts.
+"""
+
+import dataclasses
+import statistics
+
+import tyro
+from matplotlib.axes import Axes
+from pictures import dots, draw_panels
+from study import IMAGES, Options, run_study
+from torch import nn
+from toy import Point, Row, Variant
+
+from moe.model import Model
+from moe.routers.cross_layer import PoolPlace, ReuseConfig
+from moe.routers.topk import TopKConfig
+
+GROWTH = {"schedule": "linear", "keep": "random"}
+SHARE = 4  # 1 / 4 of the experts are open at first
+
+
+def mask_own_experts(model: Model) -> None:
+    """Open a random part of each layer's experts, growing as the pool of 4 layers does; all in evaluation."""
+    growth = ReuseConfig(group_size=SHARE, **GROWTH)
+    for index, block in enumerate(model.layers):
+
+        def mask(moe: nn.Module, arguments: tuple, index: int = index) -> tuple:
+            x_BSD, context, *others = arguments
+            # a layer of 8 is treated as a pool of 4 members with 2 experts each
+            open_E = growth.open_experts(
+                context,
+                place=PoolPlace(pool=0, member=0, num_members=SHARE),
+                num_experts=moe.router.num_candidates // SHARE,
+                layer_index=index,
+                is_training=moe.training,
+                device=x_BSD.device,
+            )
+            return x_BSD, dataclasses.replace(context, open_E=open_E), *others
+
+        block.moe.register_forward_pre_hook(mask)
+
+
+def variant(reuse: ReuseConfig, **changes: object) -> Variant:
+    """Return four layers with top-2 routing."""
+    return Variant(router=TopKConfig(), num_hidden_layers=4, reuse=reuse, **changes)
+
+
+VARIANTS = {
+    "r = 1": variant(ReuseConfig()),
+    "r = 1 masked": variant(ReuseConfig(), change=mask_own_experts),
+    "r = 2": variant(ReuseConfig(group_size=2)),
+    "r = 2 growing": variant(ReuseConfig(group_size=2, **GROWTH)),
+    "r = 4": variant(ReuseConfig(group_size=4)),
+    "r = 4 growing": variant(ReuseConfig(group_size=4, **GROWTH)),
+}
+
+
+def loss_to_plain(axes: Axes, rows: list[Row], points: list[Point]) -> None:
+    """Draw training losses minus that of r = 1 at the same step and seed, mean over seeds."""
+    plain = {(point.seed, point.step): point.loss for point in points if point.variant == "r = 1"}
+    for number, name in enumerate(VARIANTS):
+        mine = [point for point in points if point.variant == name]
+        steps = sorted({point.step for point in mine})
+        means = [statistics.mean(p.loss - plain[p.seed, p.step] for p in mine if p.step == step) for step in steps]
+        axes.plot(steps, means, color=f"C{number}", label=name, linewidth=1.2)
+    axes.set_xlabel("step", fontsize=8)
+    axes.legend(fontsize=7)
+
+
+def main(options: Options) -> None:
+    """Run the study, print and draw."""
+    rows, points = run_study("cross_layer", VARIANTS, options, baseline="r = 1")
+    if options.record:
+        panels = {
+            "training loss minus that of r = 1": loss_to_plain,
+            "held-out loss, nats": lambda axes, rows, points: dots(axes, rows, lambda row: row.loss),
+            "load max/mean - 1, 95th percentile": lambda axes, rows, points: dots(
+                axes, rows, lambda row: row.load_tail
+            ),
+        }
+        draw_panels(IMAGES / "cross_layer.png", rows, points, panels, width=11)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, default=Options(steps=400), description=__doc__))
