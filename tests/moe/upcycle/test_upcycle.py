@@ -221,6 +221,6 @@ def test_wrong_combinations_are_refused_before_anything_is_read(dense, options, 
 
 def test_a_model_with_experts_is_refused(tmp_path):
     save(make_model("mixtral", steps=1), tmp_path / "hf")
-    with pytest.raises(ConversionError, match="6 experts a layer already"):
+    with pytest.raises(ConversionError, match="has experts already"):
         plan(tmp_path / "hf", UpcycleConfig())
     assert replace(UpcycleConfig(), method="drop").method in METHODS
