@@ -8,7 +8,7 @@ equal expert operations (moe.counts.match_compute: +0.0 %); the second router is
 """
 
 import tyro
-from pictures import curves, dots, draw_panels
+from pictures import differences, dots, draw_panels
 from study import IMAGES, Options, run_study
 from toy import Variant
 
@@ -18,7 +18,7 @@ from moe.routers.topk import TopKConfig
 VARIANTS = {
     "MoE 4/8": Variant(router=TopKConfig(), num_experts_per_tok=4),
     "CoE-2 2/8": Variant(router=TopKConfig(), chain=ChainConfig(rounds=2)),
-    "CoE-2 2/8 shared router": Variant(router=TopKConfig(), chain=ChainConfig(rounds=2, has_shared_router=True)),
+    "shared router": Variant(router=TopKConfig(), chain=ChainConfig(rounds=2, has_shared_router=True)),
 }
 
 
@@ -27,7 +27,7 @@ def main(options: Options) -> None:
     rows, points = run_study("chain_texts", VARIANTS, options, baseline="MoE 4/8")
     if options.record:
         panels = {
-            "training loss, nats": lambda axes, rows, points: curves(axes, points, lambda point: point.loss),
+            "training loss minus that of MoE 4/8": lambda axes, rows, points: differences(axes, points, "MoE 4/8"),
             "held-out loss, nats": lambda axes, rows, points: dots(axes, rows, lambda row: row.loss),
         }
         draw_panels(IMAGES / "chain_texts.png", rows, points, panels, width=8)

@@ -15,14 +15,12 @@ Equal tokens, equal experts per token; routers have r times as many rows, which 
 """
 
 import dataclasses
-import statistics
 
 import tyro
-from matplotlib.axes import Axes
-from pictures import dots, draw_panels
+from pictures import differences, dots, draw_panels
 from study import IMAGES, Options, run_study
 from torch import nn
-from toy import Point, Row, Variant
+from toy import Variant
 
 from moe.model import Model
 from moe.routers.cross_layer import PoolPlace, ReuseConfig
@@ -68,24 +66,12 @@ VARIANTS = {
 }
 
 
-def loss_to_plain(axes: Axes, rows: list[Row], points: list[Point]) -> None:
-    """Draw training losses minus that of r = 1 at the same step and seed, mean over seeds."""
-    plain = {(point.seed, point.step): point.loss for point in points if point.variant == "r = 1"}
-    for number, name in enumerate(VARIANTS):
-        mine = [point for point in points if point.variant == name]
-        steps = sorted({point.step for point in mine})
-        means = [statistics.mean(p.loss - plain[p.seed, p.step] for p in mine if p.step == step) for step in steps]
-        axes.plot(steps, means, color=f"C{number}", label=name, linewidth=1.2)
-    axes.set_xlabel("step", fontsize=8)
-    axes.legend(fontsize=7)
-
-
 def main(options: Options) -> None:
     """Run the study, print and draw."""
     rows, points = run_study("cross_layer", VARIANTS, options, baseline="r = 1")
     if options.record:
         panels = {
-            "training loss minus that of r = 1": loss_to_plain,
+            "training loss minus that of r = 1": lambda axes, rows, points: differences(axes, points, "r = 1"),
             "held-out loss, nats": lambda axes, rows, points: dots(axes, rows, lambda row: row.loss),
             "load max/mean - 1, 95th percentile": lambda axes, rows, points: dots(
                 axes, rows, lambda row: row.load_tail

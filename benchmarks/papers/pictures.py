@@ -45,6 +45,13 @@ def curves(axes: Axes, points: list[Point], value: Callable[[Point], float]) -> 
     axes.set_xlabel("step", fontsize=8)
 
 
+def differences(axes: Axes, points: list[Point], baseline: str) -> None:
+    """Draw training losses minus those of `baseline` at the same step and seed, mean over seeds."""
+    known = {(point.seed, point.step): point.loss for point in points if point.variant == baseline}
+    curves(axes, points, lambda point: point.loss - known[point.seed, point.step])
+    axes.legend(fontsize=7)
+
+
 def count_panels(targets: dict[str, float]) -> dict[str, Draw]:
     """Return the panels of a study of how many experts a token takes; `targets` are means that variants hold."""
 
