@@ -291,7 +291,7 @@ class ModelConfig:
                 "which holds the load of its experts itself; set it to 0, which drops nothing"
             )
         # the experts of one layer too: a growing pool starts with so many
-        for num_experts in sorted({self.num_experts, *self.pool_sizes}):
+        for num_experts in sorted({self.num_experts, self.reuse.first_size(self.num_experts), *self.pool_sizes}):
             self.router.validate(num_experts=num_experts, num_experts_per_tok=self.num_experts_per_tok)
         if self.reuse.schedule != "none":
             self.router.check_can_close_experts()

@@ -120,7 +120,8 @@ class Model(nn.Module):
     def _pool(self, index: int, context: RouterContext, device: torch.device) -> tuple[RouterContext, Experts | None]:
         """Return what the router of layer `index` may know, and the experts it shares with other layers."""
         config = self.config
-        if self.pools is None or index not in self._places:
+        is_growing = config.reuse.schedule != "none"
+        if index not in self._places or (self.pools is None and not is_growing):
             return context, None
         place = self._places[index]
         open_E = config.reuse.open_experts(
@@ -131,7 +132,8 @@ class Model(nn.Module):
             is_training=self.training,
             device=device,
         )
-        pool = cast(Experts, self.pools[place.pool])  # or what an adapter put around it
+        # an Experts, or what an adapter put around it
+        pool = cast(Experts, self.pools[place.pool]) if self.pools is not None else None
         return replace(context, open_E=open_E, use_zero_score=config.reuse.mask == "zero_score"), pool
 
 

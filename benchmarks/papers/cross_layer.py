@@ -8,47 +8,20 @@ that grows (progressive scaling, linear, from 21 to 63 % of the run, as in the p
 in growth and not in reuse, and lacks the plain model under the same mask, which is here:
 
     r = 1 masked     no reuse; of a layer's own 8 experts, 2, growing to 8, are open at a step, drawn at random: the
-                     share that r = 4 with growth has open. ReuseConfig expresses growth only for a pool of several
-                     layers, so the mask is laid on from here.
+                     share that r = 4 with growth has open.
 
 Equal tokens, equal experts per token; routers have r times as many rows, which mflops counts.
 """
 
-import dataclasses
-
 import tyro
 from pictures import differences, dots, draw_panels
 from study import IMAGES, Options, run_study
-from torch import nn
 from toy import Variant
 
-from moe.model import Model
-from moe.routers.cross_layer import PoolPlace, ReuseConfig
+from moe.routers.cross_layer import ReuseConfig
 from moe.routers.topk import TopKConfig
 
 GROWTH = {"schedule": "linear", "keep": "random"}
-SHARE = 4  # 1 / 4 of the experts are open at first
-
-
-def mask_own_experts(model: Model) -> None:
-    """Open a random part of each layer's experts, growing as the pool of 4 layers does; all in evaluation."""
-    growth = ReuseConfig(group_size=SHARE, **GROWTH)
-    for index, block in enumerate(model.layers):
-
-        def mask(moe: nn.Module, arguments: tuple, index: int = index) -> tuple:
-            x_BSD, context, *others = arguments
-            # a layer of 8 is treated as a pool of 4 members with 2 experts each
-            open_E = growth.open_experts(
-                context,
-                place=PoolPlace(pool=0, member=0, num_members=SHARE),
-                num_experts=moe.router.num_candidates // SHARE,
-                layer_index=index,
-                is_training=moe.training,
-                device=x_BSD.device,
-            )
-            return x_BSD, dataclasses.replace(context, open_E=open_E), *others
-
-        block.moe.register_forward_pre_hook(mask)
 
 
 def variant(reuse: ReuseConfig, **changes: object) -> Variant:
@@ -58,7 +31,7 @@ def variant(reuse: ReuseConfig, **changes: object) -> Variant:
 
 VARIANTS = {
     "r = 1": variant(ReuseConfig()),
-    "r = 1 masked": variant(ReuseConfig(), change=mask_own_experts),
+    "r = 1 masked": variant(ReuseConfig(num_shares=4, **GROWTH)),
     "r = 2": variant(ReuseConfig(group_size=2)),
     "r = 2 growing": variant(ReuseConfig(group_size=2, **GROWTH)),
     "r = 4": variant(ReuseConfig(group_size=4)),

@@ -48,8 +48,6 @@ class Variant:
     chain: ChainConfig = dataclasses.field(default_factory=ChainConfig)
     reuse: ReuseConfig = dataclasses.field(default_factory=ReuseConfig)
     balance: BalanceConfig = dataclasses.field(default_factory=lambda: BalanceConfig(coefficient=0.01))
-    change: Callable[[Model], None] | None = None
-    """Called with the new model, for what no configuration expresses."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,8 +140,6 @@ def train(
     drawn = TEXTS[text](seed, steps * per_step, VALIDATION)
     model = Model(make_config(variant, drawn.vocabulary), groups=ParallelGroups.single())
     initialise(model, seed=seed)
-    if variant.change:
-        variant.change(model)
     trace = Trace()
     schedule = ScheduleConfig(kind="cosine", warmup_steps=20, min_ratio=0.1)
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.1), betas=(0.9, 0.95))

@@ -53,11 +53,16 @@ class ReuseConfig:
     """local_first: a layer's own experts are always open, the rest are drawn; random: all are, as in the paper. In
     evaluation always local_first."""
     mask: Literal["neg_inf", "zero_score"] = "neg_inf"
+    num_shares: int = 4
+    """With group_size = 1 and a schedule: a layer starts with one of so many shares of its own experts. That is growth
+    without reuse, the ablation that the paper lacks."""
 
     def validate(self) -> None:
         """Raise ValueError for a value out of range."""
         if self.group_size < 1:
             raise ValueError(f"model.reuse.group_size = {self.group_size} must be at least 1; 1 shares nothing")
+        if self.num_shares < 2:
+            raise ValueError(f"model.reuse.num_shares = {self.num_shares} must be at least 2")
         if not 0 <= self.start < self.end <= 1:
             raise ValueError(
                 f"model.reuse.start = {self.start} and model.reuse.end = {self.end} are shares of the run and must "
@@ -77,6 +82,16 @@ class ReuseConfig:
         return PoolPlace(
             pool=pool, member=member, num_members=min(self.group_size, num_layers - pool * self.group_size)
         )
+
+    def first_size(self, num_experts: int) -> int:
+        """Return how many experts a layer of `num_experts` chooses among at first."""
+        if self.schedule == "none" or self.group_size > 1:
+            return num_experts
+        if num_experts % self.num_shares:
+            raise ValueError(
+                f"model.reuse.num_shares = {self.num_shares} does not divide model.num_experts = {num_experts}"
+            )
+        return num_experts // self.num_shares
 
     def num_open(self, context: RouterContext, *, num_experts: int, num_members: int) -> int:
         """Return how many experts of a pool are open; `num_experts` are those of a layer."""
@@ -101,6 +116,10 @@ class ReuseConfig:
         device: torch.device,
     ) -> Tensor | None:
         """Return which experts of the pool a layer may choose at this step, bool [E]; None means all."""
+        if self.group_size == 1:
+            # the shares of a layer's own experts take the place of the layers of a group
+            num_experts = self.first_size(num_experts)
+            place = PoolPlace(pool=place.pool, member=0, num_members=self.num_shares)
         E = place.num_members * num_experts
         num_open = self.num_open(context, num_experts=num_experts, num_members=place.num_members)
         if num_open == E:

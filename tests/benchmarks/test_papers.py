@@ -58,7 +58,6 @@ def test_the_mask_without_reuse_opens_a_quarter_first_and_everything_at_the_end(
     variant = study.VARIANTS["r = 1 masked"]
     model = Model(load("toy").make_config(variant, 64), groups=ParallelGroups.single())
     initialise(model, seed=0)
-    variant.change(model)
     token_BS = torch.randint(64, (4, 64), generator=torch.Generator().manual_seed(0))
     for progress, num_open in ((0.1, 2), (0.42, 5), (0.9, 8)):
         context = RouterContext(seed=0, step=round(1000 * progress), progress=progress)

@@ -62,7 +62,7 @@ def loss_of(logits: Tensor, routings: list[Routing], token: Tensor) -> Tensor:
 
 
 def test_a_group_of_one_is_the_plain_model():
-    plain, shared = tiny_model(config_of(1)), tiny_model(config_of(1, schedule="linear"))
+    plain, shared = tiny_model(config_of(1)), tiny_model(config_of(1, keep="random", mask="zero_score"))
     assert plain.pools is None
     assert set(shared.state_dict()) == set(
         tiny_model(tiny_config(num_hidden_layers=4, mlp_only_layers=())).state_dict()
@@ -339,9 +339,30 @@ def test_a_model_that_is_asked_without_a_context_has_all_experts_open():
     assert all(routing.active_E is not None for routing in model(token, context=at(300))[1])
 
 
+@pytest.mark.parametrize("keep", ["local_first", "random"])
+def test_a_layers_own_experts_can_grow_without_any_reuse(keep):
+    config = config_of(1, schedule="linear", keep=keep, num_shares=3)
+    model, token = tiny_model(config).train(), tiny_tokens(4, 16)
+    assert model.pools is None
+    for step, num_open in ((0, 2), (210, 2), (420, 4), (640, 6), (900, 6)):
+        _, routings = model(token, context=at(step))
+        for routing in routings:
+            open_E = torch.ones(N, dtype=torch.bool) if routing.active_E is None else routing.active_E
+            assert int(open_E.sum()) == num_open
+            assert not torch.bincount(routing.assignment.expert_N, minlength=N)[~open_E].any()
+            assert step or keep == "random" or open_E.tolist() == [True] * 2 + [False] * 4
+    assert all(routing.active_E is None for routing in model.eval()(token)[1])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"reuse": ReuseConfig(schedule="linear", num_shares=4)}, "num_shares = 4 does not divide model.num_experts"),
+        (
+            {"reuse": ReuseConfig(schedule="linear", num_shares=6)},
+            "num_experts_per_tok = 2 must lie in 1..num_experts = 1",
+        ),
+        ({"reuse": ReuseConfig(num_shares=1)}, "num_shares = 1 must be at least 2"),
         ({"reuse": ReuseConfig(group_size=0)}, "group_size = 0 must be at least 1"),
         ({"reuse": ReuseConfig(start=0.7)}, "start = 0.7 and model.reuse.end = 0.63"),
         ({"reuse": ReuseConfig(schedule="cosine")}, "schedule = 'cosine' must be one of none, linear, stepwise"),  # type: ignore[arg-type]
