@@ -1,24 +1,99 @@
 """Rotary position embedding (arXiv 2104.09864), with the halves paired as in the Hugging Face Llama models.
 
-    angle_i = position * theta^(-2i/d), i = 0..d/2-1
+    angle_i = position * f_i,  f_i = theta^(-2i/d), i = 0..d/2-1
     (x_i, x_{i+d/2}) turns by angle_i
+
+YaRN (arXiv 2309.00071) stretches a trained range of positions: pairs that turn often keep their f_i, slow ones get
+f_i / factor, those between a mixture.
 
 Letters: d width of a head, c = d/2 pairs.
 """
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def rotation(position_S: Tensor, *, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return (cos, sin) of the angles, float32 [..., S, c].
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """YaRN, with Hugging Face's names. A factor of 1 leaves everything as it is."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    factor: float = 1.0  # how many times as many positions
+    original_max_position_embeddings: int = 0  # the trained range
+    beta_fast: float = 32.0  # a pair that turns more often than this over the trained range keeps its frequency
+    beta_slow: float = 1.0  # one that turns less often is slowed by the whole factor
+    truncate: bool = True  # the bounds between pairs are whole numbers (not in GPT-OSS)
+    mscale: float = 0.0  # with mscale_all_dim, what queries and keys are multiplied by; see `amplitude`
+    mscale_all_dim: float = 0.0  # latent attention also multiplies its scores; see `score_factor`
+
+    def validate(self) -> None:
+        """Raise ValueError for a value out of range."""
+        if self.factor < 1:
+            raise ValueError(f"model.rope_scaling.factor = {self.factor} must be at least 1; 1 scales nothing")
+        if self.factor > 1 and self.original_max_position_embeddings < 1:
+            raise ValueError(
+                f"model.rope_scaling.factor = {self.factor} stretches the range "
+                "model.rope_scaling.original_max_position_embeddings; set it to the positions the model was trained on"
+            )
+        if not 0 < self.beta_slow < self.beta_fast:
+            raise ValueError(
+                f"model.rope_scaling.beta_slow = {self.beta_slow} and beta_fast = {self.beta_fast} must be positive, "
+                "the second larger"
+            )
+
+    @property
+    def amplitude(self) -> float:
+        """What turned queries and keys are multiplied by: 0.1 ln(factor) + 1, or a ratio of two such."""
+        if self.mscale and self.mscale_all_dim:
+            return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
+        return self._magnitude(1.0)
+
+    @property
+    def score_factor(self) -> float:
+        """What DeepSeek's latent attention multiplies its scores by."""
+        return self._magnitude(self.mscale_all_dim) ** 2
+
+    def _magnitude(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0
+
+    def stretched(self, frequency_c: Tensor, *, theta: float) -> Tensor:
+        """Return the frequencies after scaling, float32."""
+        if self.factor == 1:
+            return frequency_c
+        first, last = (self._pair_that_turns(beta, frequency_c, theta) for beta in (self.beta_fast, self.beta_slow))
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        # both bounds as transformers clamps them: the last one to a feature, not to a pair
+        first, last = max(first, 0), min(last, 2 * len(frequency_c) - 1)
+        pair_c = torch.arange(len(frequency_c), dtype=torch.float32, device=frequency_c.device)
+        share_c = ((pair_c - first) / (last - first or 0.001)).clamp(0, 1)
+        return frequency_c / self.factor * share_c + frequency_c * (1 - share_c)
+
+    def _pair_that_turns(self, times: float, frequency_c: Tensor, theta: float) -> float:
+        """Return the index i, not rounded, of the pair that turns so often over the trained range."""
+        turns = self.original_max_position_embeddings / (2 * math.pi * times)
+        return len(frequency_c) * math.log(turns) / math.log(theta)
+
+
+NO_SCALING = RopeScaling()
+
+
+def rotation(
+    position_S: Tensor, *, head_dim: int, theta: float, scaling: RopeScaling = NO_SCALING
+) -> tuple[Tensor, Tensor]:
+    """Return (cos, sin) of the angles times the amplitude, float32 [..., S, c].
 
     The frequencies are computed here and kept in no buffer, so that no cast of a model can round them. The
     angles are float32 in every model, as published checkpoints were trained.
     """
     exponent_c = torch.arange(0, head_dim, 2, device=position_S.device, dtype=torch.float32) / head_dim
-    angle_Sc = position_S.to(torch.float32).unsqueeze(-1) * (1.0 / theta**exponent_c)
-    return angle_Sc.cos(), angle_Sc.sin()
+    frequency_c = scaling.stretched(1.0 / theta**exponent_c, theta=theta)
+    angle_Sc = position_S.to(torch.float32).unsqueeze(-1) * frequency_c
+    return scaling.amplitude * angle_Sc.cos(), scaling.amplitude * angle_Sc.sin()
 
 
 def rotate(x_BHSd: Tensor, cos_BSc: Tensor, sin_BSc: Tensor) -> Tensor:

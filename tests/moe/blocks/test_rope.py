@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers import GptOssConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from formulas import turn
-from moe.blocks.rope import rotate, rotation
+from moe.blocks.rope import RopeScaling, rotate, rotation
 from tiny import assert_near
 
 
@@ -46,3 +48,64 @@ def test_float64_is_turned_in_float64():
     cos, sin = (table.double() for table in rotation(torch.arange(9), head_dim=8, theta=1e4))
     expected = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos, sin)
     assert_near(rotate(x, cos.float(), sin.float()), torch.cat((expected.real, expected.imag), dim=-1), 1e-15)
+
+
+GPT_OSS = RopeScaling(factor=32.0, original_max_position_embeddings=4096, truncate=False)
+DEEPSEEK = RopeScaling(factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "theta", "head_dim"),
+    [
+        (GPT_OSS, 150000.0, 64),
+        (DEEPSEEK, 10000.0, 64),
+        (RopeScaling(factor=4.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=0.3), 100.0, 6),
+        # both bounds on one pair, and beyond the last
+        (RopeScaling(factor=4.0, original_max_position_embeddings=8, beta_fast=1.01), 100.0, 8),
+        (RopeScaling(factor=4.0, original_max_position_embeddings=10**6, beta_slow=1e-4), 100.0, 8),
+    ],
+    ids=["gpt_oss", "deepseek_v3", "two_magnitudes", "one_bound", "far_bound"],
+)
+def test_scaled_positions_turn_as_in_transformers(scaling, theta, head_dim):
+    fields = {name: value for name, value in vars(scaling).items() if value or name == "truncate"}
+    theirs = GptOssConfig(
+        head_dim=head_dim, rope_parameters={"rope_type": "yarn", "rope_theta": theta, **fields}, num_hidden_layers=1
+    )
+    frequency_c, amplitude = ROPE_INIT_FUNCTIONS["yarn"](theirs, torch.device("cpu"))
+    position = torch.tensor([0, 1, 7, 100, 5000])
+    angle = position.float()[:, None] * frequency_c
+    cos, sin = rotation(position, head_dim=head_dim, theta=theta, scaling=scaling)
+    # float32 angles of 5000 radians are known to 2e-4
+    assert_near(cos, angle.cos() * amplitude, 3e-4)
+    assert_near(sin, angle.sin() * amplitude, 3e-4)
+    assert_near(cos[:4], (angle.cos() * amplitude)[:4], 1e-5)
+
+
+def test_a_factor_of_one_changes_no_bit():
+    unscaled = RopeScaling(original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=0.5)
+    for plain, scaled in zip(
+        rotation(torch.arange(9), head_dim=8, theta=1e4),
+        rotation(torch.arange(9), head_dim=8, theta=1e4, scaling=unscaled),
+        strict=True,
+    ):
+        assert torch.equal(plain, scaled)
+    assert unscaled.score_factor == 1
+
+
+def test_deepseek_multiplies_scores_and_not_the_turned():
+    assert DEEPSEEK.amplitude == 1
+    assert DEEPSEEK.score_factor == pytest.approx(1.3688879**2)
+    assert GPT_OSS.score_factor == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"factor": 0.5}, "rope_scaling.factor = 0.5 must be at least 1"),
+        ({"factor": 4.0}, "stretches the range model.rope_scaling.original_max_position_embeddings"),
+        ({"beta_fast": 1.0}, "beta_slow = 1.0 and beta_fast = 1.0 must be positive, the second larger"),
+    ],
+)
+def test_bad_scalings_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        RopeScaling(**fields).validate()
