@@ -5,6 +5,7 @@ from typing import Any
 
 from moe.blocks.attention import QkNorm
 from moe.blocks.chain import ChainConfig
+from moe.blocks.rope import RopeScaling
 from moe.routers import AnyRouter
 from moe.routers.capacity import CapacityConfig
 from moe.routers.cross_layer import PoolPlace, ReuseConfig
@@ -51,6 +52,7 @@ class ModelConfig:
     scale_latents: bool = False  # by sqrt(hidden_size / rank) (LongCat-Flash)
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     is_shortcut_connected: bool = False  # a layer is two attentions and two dense FFNs beside one MoE (LongCat-Flash)
     initializer_range: float = 0.02  # standard deviation of initial weights
     router: AnyRouter = field(default_factory=TopKConfig)
@@ -204,6 +206,7 @@ class ModelConfig:
                 f"model.num_key_value_heads = {key_heads} does not divide num_attention_heads = {heads}; "
                 f"use one of {divisors}"
             )
+        self.rope_scaling.validate()
         if self.full_attention_interval and not self.sliding_window:
             raise ValueError(
                 f"model.full_attention_interval = {self.full_attention_interval} needs model.sliding_window > 0"

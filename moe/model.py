@@ -104,7 +104,12 @@ class Model(nn.Module):
         if position_BS is None:
             num_past = cache.length if cache is not None else 0
             position_BS = torch.arange(num_past, num_past + token_BS.shape[1], device=token_BS.device)
-        cos_BSc, sin_BSc = rotation(position_BS, head_dim=self.config.rotary_dim, theta=self.config.rope_theta)
+        cos_BSc, sin_BSc = rotation(
+            position_BS,
+            head_dim=self.config.rotary_dim,
+            theta=self.config.rope_theta,
+            scaling=self.config.rope_scaling,
+        )
         x_BSD = self.embed_tokens(token_BS)
         routings: list[Routing] = []
         per_layer = self.config.num_attention_layers // self.config.num_hidden_layers
@@ -180,6 +185,7 @@ def _make_attention(config: ModelConfig, index: int) -> Attention | LatentAttent
             qk_rope_head_dim=config.qk_rope_head_dim,
             v_head_dim=config.v_head_dim,
             scales_latents=config.scale_latents,
+            score_factor=config.rope_scaling.score_factor,
         )
     return Attention(
         hidden_size=config.hidden_size,

@@ -7,6 +7,7 @@ here.
 from dataclasses import replace
 
 from moe.blocks.chain import ChainConfig
+from moe.blocks.rope import RopeScaling
 from moe.model import ModelConfig
 from moe.routers.cross_layer import ReuseConfig
 from moe.routers.dynamic_confidence import DynamicConfidenceConfig
@@ -111,10 +112,7 @@ def deepseek_v3() -> ModelConfig:
 
 
 def gpt_oss_20b() -> ModelConfig:
-    """Return gpt-oss-20b (arXiv 2508.10925): 20.9B parameters, 3.6B active, which counts the table of tokens once.
-
-    Positions as before their extension: YaRN, by which the released model reaches 131,072, is not here.
-    """
+    """Return gpt-oss-20b (arXiv 2508.10925): 20.9B parameters, 3.6B active, which counts the table of tokens once."""
     return ModelConfig(
         vocab_size=201088,
         hidden_size=2880,
@@ -122,7 +120,8 @@ def gpt_oss_20b() -> ModelConfig:
         num_attention_heads=64,
         num_key_value_heads=8,
         head_dim=64,
-        max_position_embeddings=4096,
+        max_position_embeddings=131072,
+        rope_scaling=RopeScaling(factor=32.0, original_max_position_embeddings=4096, truncate=False),
         tie_word_embeddings=False,
         num_experts=32,
         num_experts_per_tok=4,

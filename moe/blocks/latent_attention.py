@@ -29,6 +29,7 @@ class LatentAttention(nn.Module):
     Args:
         scales_latents: multiply queries by sqrt(D / q_lora_rank) and the latent of keys and values by sqrt(D /
             kv_lora_rank), so that all have the variance of x (LongCat-Flash, arXiv 2509.01322).
+        score_factor: on all scores, where positions are stretched (RopeScaling.score_factor).
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class LatentAttention(nn.Module):
         qk_rope_head_dim: int,
         v_head_dim: int,
         scales_latents: bool = False,
+        score_factor: float = 1.0,
     ) -> None:
         super().__init__()
         self._num_heads = num_heads
@@ -58,7 +60,9 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
         self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
         self._has_query_latent = bool(q_lora_rank)
-        self._query_scale = (hidden_size / q_lora_rank) ** 0.5 if scales_latents and q_lora_rank else 1.0
+        self._query_scale = score_factor * (
+            (hidden_size / q_lora_rank) ** 0.5 if scales_latents and q_lora_rank else 1.0
+        )
         self._latent_scale = (hidden_size / kv_lora_rank) ** 0.5 if scales_latents else 1.0
 
     def forward(self, x_BSD: Tensor, cos_BSc: Tensor, sin_BSc: Tensor, cache: LayerCache | None = None) -> Tensor:

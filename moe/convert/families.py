@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from moe.blocks.rope import RopeScaling
 from moe.config import ModelConfig
 from moe.convert import ConversionError
 from moe.routers.topk import TopKConfig
@@ -40,7 +41,6 @@ class Family:
 
     def to_ours(self, theirs: PreTrainedConfig) -> ModelConfig:
         """Return our configuration. Raises ConversionError for a field that our model does not have."""
-        _check_rope(theirs)
         _expect(theirs, hidden_act="silu", mlp_bias=False)
         heads = theirs.num_attention_heads
         common: dict[str, Any] = {
@@ -53,6 +53,7 @@ class Family:
             "tie_word_embeddings": bool(theirs.tie_word_embeddings),
             "rms_norm_eps": theirs.rms_norm_eps,
             "rope_theta": float(theirs.rope_parameters["rope_theta"]),
+            "rope_scaling": _read_rope(theirs),
             "initializer_range": theirs.initializer_range,
             "head_dim": getattr(theirs, "head_dim", None) or 0,
             "num_experts": 0,
@@ -76,7 +77,7 @@ class Family:
             "max_position_embeddings": config.max_position_embeddings,
             "tie_word_embeddings": config.tie_word_embeddings,
             "rms_norm_eps": config.rms_norm_eps,
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+            "rope_parameters": _write_rope(config),
             "initializer_range": config.initializer_range,
             # or a class's own default comes in, and generation stops at somebody else's token
             "bos_token_id": None,
@@ -106,16 +107,31 @@ def _expect(theirs: Any, **values: Any) -> None:
             raise ConversionError(f"{theirs.model_type}: {name} = {found!r}; this framework has {value!r} only")
 
 
-def _check_rope(theirs: Any) -> None:
+_YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim")
+
+
+def _read_rope(theirs: Any) -> RopeScaling:
+    """Return how positions are stretched. Raises ConversionError for a way that our model does not have."""
     rope = dict(theirs.rope_parameters or {})
-    for name, value in (("rope_type", "default"), ("partial_rotary_factor", 1.0)):
-        found = rope.get(name, value)
-        if found != value:
-            raise ConversionError(
-                f"{theirs.model_type}: rope_parameters.{name} = {found!r}; this framework turns whole heads by plain "
-                "frequencies. A model that was extended can be imported as it was before, with that edited out of "
-                "its config.json, for sequences as long as then"
-            )
+    kind, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
+    if kind not in ("default", "yarn") or share != 1.0 or rope.get("attention_factor") is not None:
+        raise ConversionError(
+            f"{theirs.model_type}: rope_parameters = {rope}; this framework turns whole heads, by plain frequencies or "
+            "by YaRN with its own amplitude"
+        )
+    if kind == "default":
+        return RopeScaling()
+    given = {name: rope[name] for name in _YARN if rope.get(name) is not None}
+    return RopeScaling(**{"original_max_position_embeddings": theirs.max_position_embeddings, **given})
+
+
+def _write_rope(config: ModelConfig) -> dict[str, Any]:
+    if config.rope_scaling.factor == 1:
+        return {"rope_type": "default", "rope_theta": config.rope_theta}
+    values = {name: getattr(config.rope_scaling, name) for name in _YARN}
+    if not values["mscale"] and not values["mscale_all_dim"]:
+        del values["mscale"], values["mscale_all_dim"]
+    return {"rope_type": "yarn", "rope_theta": config.rope_theta, **values}
 
 
 def _window(theirs: Any) -> int:
@@ -296,7 +312,7 @@ def read_glm(c: Any) -> dict[str, Any]:
 
 
 def write_glm(config: ModelConfig) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta, "partial_rotary_factor": 1.0}
+    rope = {**_write_rope(config), "partial_rotary_factor": 1.0}
     return {
         **write_sigmoid(config),
         "use_qk_norm": config.qk_norm == "head",

@@ -25,6 +25,12 @@ from moe.sample import generate
 from tiny import assert_near, tiny_config, tiny_tokens
 
 PLAIN = {"mlp_only_layers": (), "shared_expert_intermediate_size": 0}
+STRETCHED = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {
+    "llama": STRETCHED,
+    "deepseek_v3": {**STRETCHED, "mscale": 1.0, "mscale_all_dim": 1.0},
+    "gpt_oss": {**STRETCHED, "truncate": False},
+}
 CHECKPOINT = "checkpoints/step_00000000"
 
 
@@ -58,7 +64,7 @@ def made(tmp_path_factory):
     folders = {}
 
     def get(family: str, **changes):
-        key = (family, *sorted(changes.items()))
+        key = (family, str(changes))
         if key not in folders:
             folder = tmp_path_factory.mktemp(family)
             model = make_model(family, **changes)
@@ -68,9 +74,10 @@ def made(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("family", FIELDS)
+@pytest.mark.parametrize("family", [*FIELDS, *(f"{name} yarn" for name in YARN)])
 def test_an_imported_model_is_the_same_and_its_export_too(made, tmp_path, family):
-    folder, theirs = made(family)
+    family, _, form = family.partition(" ")
+    folder, theirs = made(family, **({"rope_parameters": YARN[family]} if form else {}))
     import_hf(folder, tmp_path / "ours")
     ours, token = model_of(tmp_path / "ours"), tiny_tokens(2, 17, vocab_size=61)
     with torch.no_grad():
@@ -183,7 +190,12 @@ def test_a_conversion_that_mixed_up_tensors_would_show(made, tmp_path, change):
 @pytest.mark.parametrize(
     ("family", "field", "value", "message"),
     [
-        ("llama", "rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, "rope_type = 'linear'"),
+        (
+            "llama",
+            "rope_parameters",
+            {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+            "'rope_type': 'linear'",
+        ),
         ("llama", "hidden_act", "gelu", "hidden_act = 'gelu'"),
         ("llama", "attention_bias", True, "attention_bias = True"),
         ("llama", "no_such_field", 1, "does not know: no_such_field"),
