@@ -108,6 +108,10 @@ class MoeForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MoeConfig, model: Model | None = None) -> None:
         super().__init__(config)
         self.model = model if model is not None else Model(config.model_config, groups=ParallelGroups.single())
+        if model is not None:
+            # or post_init would draw the weights anew
+            for module in self.model.modules():
+                module._is_hf_initialized = True  # type: ignore[assignment]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
