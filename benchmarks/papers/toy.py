@@ -47,7 +47,9 @@ class Variant:
     num_hidden_layers: int = 2
     chain: ChainConfig = dataclasses.field(default_factory=ChainConfig)
     reuse: ReuseConfig = dataclasses.field(default_factory=ReuseConfig)
-    balance: BalanceConfig = dataclasses.field(default_factory=lambda: BalanceConfig(coefficient=0.01))
+    balance: BalanceConfig = dataclasses.field(default_factory=lambda: BalanceConfig(scope="micro", coefficient=0.01))
+    micro_batches: int = 1
+    """Of a step. As many as there are kinds of text: each holds one kind only."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +145,7 @@ def train(
     trace = Trace()
     schedule = ScheduleConfig(kind="cosine", warmup_steps=20, min_ratio=0.1)
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.1), betas=(0.9, 0.95))
-    load = GlobalLoad(scope="micro", group=None)
+    load = GlobalLoad(scope=variant.balance.scope, group=None)
     for step in range(steps):
         batch = drawn.training[:, step * per_step : (step + 1) * per_step].flatten(0, 1)
         context = RouterContext(
@@ -151,7 +153,7 @@ def train(
         )
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * schedule.factor(step, steps=steps)
-        train_step(model, optimizer, load, variant.balance, batch, context, trace)
+        train_step(model, optimizer, load, variant, batch, context, trace)
         if (step + 1) % 100 == 0:
             report(f"{text} {name} seed {seed} step {step + 1}: {trace.losses[-1]:.3f}, {trace.experts[-1]:.2f}")
     figures = held_out_figures(model, drawn.validation, KINDS[text]) | load_figures(trace, variant.reuse.group_size)
@@ -176,31 +178,37 @@ def train_step(
     model: Model,
     optimizer: torch.optim.Optimizer,
     load: GlobalLoad,
-    balance: BalanceConfig,
+    variant: Variant,
     batch: Tensor,
     context: RouterContext,
     trace: Trace,
 ) -> None:
     """Take one optimizer step on sequences [B, SEQUENCE + 1] and note it."""
     start = time.thread_time()
-    logits_BSV, routings = model(batch[:, :-1], context=context)
-    label_BS = batch[:, 1:]
-    terms = micro_batch_loss(
-        lm_sum=language_model_loss(logits_BSV, label_BS, torch.ones_like(label_BS, dtype=torch.bool)),
-        statistics=collect(routings),
-        load=load,
-        balance=balance,
-        num_tokens=label_BS.numel(),
-    )
-    terms.total.backward()
+    num_tokens, loss = batch[:, 1:].numel(), 0.0
+    assert context.position_T is not None
+    positions = context.position_T.chunk(variant.micro_batches)
+    for micro_batch, position_T in zip(batch.chunk(variant.micro_batches), positions, strict=True):
+        own = dataclasses.replace(context, position_T=position_T)
+        logits_BSV, routings = model(micro_batch[:, :-1], context=own)
+        label_BS = micro_batch[:, 1:]
+        terms = micro_batch_loss(
+            lm_sum=language_model_loss(logits_BSV, label_BS, torch.ones_like(label_BS, dtype=torch.bool)),
+            statistics=collect(routings),
+            load=load,
+            balance=variant.balance,
+            num_tokens=num_tokens,
+        )
+        terms.total.backward()
+        loss += terms.lm.item()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
     counts_LE = load.end_step()
-    end_routers_step(model, counts_LE, context, num_tokens=label_BS.numel())
+    end_routers_step(model, counts_LE, context, num_tokens=num_tokens)
     trace.times_ms.append((time.thread_time() - start) * 1e3)
-    trace.losses.append(terms.lm.item())
-    trace.experts.append(counts_LE.sum().item() / len(model.layers) / label_BS.numel())
+    trace.losses.append(loss)
+    trace.experts.append(counts_LE.sum().item() / len(model.layers) / num_tokens)
     trace.counts_SLE.append(counts_LE)
 
 
