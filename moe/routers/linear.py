@@ -59,7 +59,8 @@ class LinearRouter(Router):
     def logits(self, x_TD: Tensor) -> Tensor:
         """Return the raw logits [T, scores], float32; float64 for float64 tokens, so that layouts can be compared."""
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        return F.linear(x_TD.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
+        logits_TS = F.linear(x_TD.to(wide), self.weight.to(wide))
+        return logits_TS if self.bias is None else logits_TS + self.bias.to(wide)
 
     def assign(
         self, expert_TK: Tensor, weight_TK: Tensor, context: RouterContext, *, is_used_TK: Tensor | None = None
