@@ -12,6 +12,7 @@ from itertools import combinations, product
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import triton.runtime.interpreter
 from torch import Tensor
@@ -32,6 +33,24 @@ def switch_overflow_checks_on() -> None:
     """
     builder = triton.runtime.interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, debug=True)
+
+
+def sum_products_in_one_order() -> None:
+    """Let the interpreter sum every element of a product the same way, wherever in its tile the element stands.
+
+    It leaves products to numpy, whose BLAS on some processors sums the rows of one product in different orders; then
+    a kernel that promises equal bits would be held to what it has no say in. A GPU's tensor cores treat rows alike.
+    """
+
+    def create_dot(builder: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        total = np.zeros(d.data.shape, d.data.dtype)
+        left, right = a.data.astype(d.data.dtype), b.data.astype(d.data.dtype)
+        with np.errstate(invalid="ignore"):  # NaN and infinities are multiplied as they are anywhere
+            for k in range(left.shape[-1]):
+                total += left[..., :, k, None] * right[..., k, None, :]
+        return type(d)(total + d.data, d.dtype.scalar)
+
+    type(triton.runtime.interpreter.interpreter_builder).create_dot = create_dot
 
 
 @dataclass(frozen=True, slots=True)
