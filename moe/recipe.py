@@ -8,7 +8,6 @@ Everything a user can get wrong is checked before DeepSpeed is imported and befo
 """
 
 import json
-import math
 import re
 import shutil
 import sys
@@ -25,6 +24,7 @@ from rich.console import Console
 
 from moe.balance.load import BalanceConfig
 from moe.checkpoint import CheckpointError, CheckpointReader, RunLockedError, load_weights
+from moe.checks import check_finite, check_routing, check_trained, check_vocabulary
 from moe.data.batching import BatchConfig
 from moe.data.prepare import DataConfig, declared_vocab_size, prepare, validate_data
 from moe.data.store import PreparedData
@@ -90,8 +90,9 @@ class Recipe:
                 check_expert_split(num_experts, self.parallel.ep_size)
             self.batch.validate(world_size=world_size, max_position_embeddings=self.model.max_position_embeddings)
             self.balance.validate()
-            self._validate_routing()
+            check_routing(self.model, self.balance, list(self.data.sources))
             self.optimizer.validate()
+            check_trained(self.model, self.optimizer)
             self.trainer.validate()
             self.schedule.validate(steps=self.trainer.steps)
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,22 +109,6 @@ class Recipe:
             raise
         except ValueError as error:
             raise RecipeError(str(error)) from error
-
-    def _validate_routing(self) -> None:
-        """What a router and the balance of a run ask of each other."""
-        schedule, kind = self.model.reuse.schedule, self.model.router.kind
-        if self.model.num_experts and self.model.router.balances_itself:
-            for name in ("coefficient", "local_coefficient"):
-                if getattr(self.balance, name):
-                    raise ValueError(
-                        f"balance.{name} = {getattr(self.balance, name)}, but router kind {kind!r} makes loads even "
-                        "itself and a load-balancing loss would pull its scores apart from that; set it to 0"
-                    )
-        if schedule != "none" and self.balance.scope == "lagged":
-            raise ValueError(
-                f"balance.scope = 'lagged' counts the steps before, when other experts were open (model.reuse.schedule "
-                f"= {schedule!r}); use balance.scope = 'global', or model.reuse.schedule = 'none'"
-            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -158,24 +143,6 @@ def read_recipe(path: Path) -> Recipe:
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
         raise RecipeError(f"{path}: {'; '.join(problems)}") from error
-
-
-def check_finite(values: Any, name: str = "") -> None:
-    """Raise RecipeError naming the first number that is nan or infinite: it would pass every comparison below."""
-    if isinstance(values, dict):
-        for key, value in values.items():
-            check_finite(value, f"{name}.{key}" if name else key)
-    elif isinstance(values, float) and not math.isfinite(values):
-        raise RecipeError(f"{name} = {values} must be a finite number")
-
-
-def check_vocabulary(model_size: int, tokenizer_size: int) -> None:
-    """Raise RecipeError if the tokenizer makes tokens that the model has no row for."""
-    if tokenizer_size > model_size:
-        raise RecipeError(
-            f"the tokenizer has {tokenizer_size} tokens but model.vocab_size = {model_size}; "
-            f"set model.vocab_size to at least {tokenizer_size} (a multiple of 64 runs fastest)"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,11 +241,11 @@ def _prepare_data(recipe: Recipe) -> PreparedData:
     try:
         data = prepare(recipe.data, report=print if is_first else lambda _: None)
         make_stream(recipe, data)
+        check_vocabulary(recipe.model.vocab_size, data.vocab_size)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     except OSError as error:
         raise RecipeError(f"the data cannot be prepared: {error}; look at data.sources and data.cache_dir") from error
-    check_vocabulary(recipe.model.vocab_size, data.vocab_size)
     return data
 
 
@@ -343,7 +310,13 @@ def _train(recipe: Recipe, start: Start, data: PreparedData, groups: ParallelGro
     requests = Requests(run_dir=recipe.folder.path, groups=groups)
     trainer = Trainer(
         engine=engine,
-        train_step=TrainStep(engine=engine, groups=groups, balance=recipe.balance, seed=recipe.seed),
+        train_step=TrainStep(
+            engine=engine,
+            groups=groups,
+            balance=recipe.balance,
+            seed=recipe.seed,
+            domains=[domain.name for domain in data.domains],
+        ),
         stream=make_stream(recipe, data),
         data=data,
         groups=groups,

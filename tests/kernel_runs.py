@@ -48,7 +48,7 @@ def sum_products_in_one_order() -> None:
         with np.errstate(invalid="ignore"):  # NaN and infinities are multiplied as they are anywhere
             for k in range(left.shape[-1]):
                 total += left[..., :, k, None] * right[..., k, None, :]
-        return type(d)(total + d.data, d.dtype.scalar)
+            return type(d)(total + d.data, d.dtype.scalar)
 
     type(triton.runtime.interpreter.interpreter_builder).create_dot = create_dot
 

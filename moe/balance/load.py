@@ -43,12 +43,18 @@ class BalanceConfig:
     frequency: Literal["share", "per_token"] = "share"
     """per_token: f sums to the mean experts per token, so that more experts cost more loss (2403.07652); 1 becomes that
     mean. Scopes micro and exact only."""
+    domain_groups: tuple[str, ...] = ()
+    """Domains whose text is taught to its own group of experts: the experts are as many groups as there are names, in
+    this order (moe/balance/domains.py)."""
+    domain_coefficient: float = 0.0
+    """Of that teaching; 0.1 warms a router up."""
     smoothing: float = 0.0
     """Scope lagged: share of the older steps in the counts; 0 takes the last step alone."""
 
     def validate(self) -> None:
         """Raise ValueError for a value out of range or a combination that contradicts itself."""
-        for name in ("coefficient", "local_coefficient", "z_coefficient", "entropy_coefficient"):
+        names = ("coefficient", "local_coefficient", "z_coefficient", "entropy_coefficient", "domain_coefficient")
+        for name in names:
             if getattr(self, name) < 0:
                 raise ValueError(f"balance.{name} = {getattr(self, name)} must not be negative")
         if self.local_coefficient and self.scope in ("sequence", "exact", "lagged"):
@@ -56,6 +62,13 @@ class BalanceConfig:
                 f"balance.local_coefficient = {self.local_coefficient} depends on how the batch is split, which scope "
                 f"{self.scope!r} promises not to; set it to 0, or use balance.scope = 'global'"
             )
+        if bool(self.domain_coefficient) != bool(self.domain_groups):
+            raise ValueError(
+                f"balance.domain_coefficient = {self.domain_coefficient} and balance.domain_groups = "
+                f"{self.domain_groups} go together; set both or neither"
+            )
+        if len(set(self.domain_groups)) < len(self.domain_groups):
+            raise ValueError(f"balance.domain_groups = {self.domain_groups} names a domain twice")
         if self.frequency not in ("share", "per_token"):
             raise ValueError(f"balance.frequency = {self.frequency!r} must be 'share' or 'per_token'")
         if self.frequency == "per_token" and self.scope not in ("micro", "exact"):

@@ -52,6 +52,12 @@ class RouterConfig:
         if not 1 <= num_experts_per_tok <= num_experts:
             raise ValueError(f"num_experts_per_tok = {num_experts_per_tok} must lie in 1..num_experts = {num_experts}")
 
+    def check_learns(self, *, num_experts_per_tok: int) -> None:
+        """Raise ValueError with the remedy if the language-model loss gives the router no gradient: do not train it so.
+
+        A router that was fitted (moe.upcycle.ridge) may well be of that kind.
+        """
+
     def mean_experts_per_tok(self, num_experts_per_tok: int) -> float:
         """Return how many experts the average token runs, as far as the configuration says: what plans count with."""
         return num_experts_per_tok

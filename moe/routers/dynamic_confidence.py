@@ -65,7 +65,9 @@ class DynamicConfidenceConfig(RouterConfig):
             )
         if self.target_experts_per_tok and self.warmup_steps:
             raise ValueError("router.warmup_steps and router.target_experts_per_tok both move the threshold; set one")
-        if self.norm_topk_prob and most == 1:
+
+    def check_learns(self, *, num_experts_per_tok: int) -> None:
+        if self.norm_topk_prob and self.max_k == 1:
             raise ValueError(
                 "router.max_k = 1 with norm_topk_prob makes every weight 1, so the router gets no gradient from the "
                 "language-model loss; set router.norm_topk_prob to False"

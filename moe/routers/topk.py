@@ -60,17 +60,20 @@ class TopKConfig(RouterConfig):
             )
         if self.softmax_after_topk and self.scoring_func != "softmax":
             raise ValueError("router.softmax_after_topk needs router.scoring_func = 'softmax'")
-        if K == 1 and (self.norm_topk_prob or self.softmax_after_topk):
-            raise ValueError(
-                "num_experts_per_tok = 1 with normalised weights makes every weight 1, so the router gets no gradient "
-                "from the language-model loss; set router.norm_topk_prob and router.softmax_after_topk to False"
-            )
         if self.routed_scaling_factor <= 0:
             raise ValueError(f"router.routed_scaling_factor = {self.routed_scaling_factor} must be positive")
         if not 0 <= self.router_jitter_noise < 1:
             raise ValueError(f"router.router_jitter_noise = {self.router_jitter_noise} must lie in [0, 1)")
         if self.bias_update_rate < 0:
             raise ValueError(f"router.bias_update_rate = {self.bias_update_rate} must not be negative")
+
+    def check_learns(self, *, num_experts_per_tok: int) -> None:
+        if num_experts_per_tok == 1 and (self.norm_topk_prob or self.softmax_after_topk):
+            raise ValueError(
+                "num_experts_per_tok = 1 with normalised weights makes every weight 1, so the router gets no gradient "
+                "from the language-model loss; set router.norm_topk_prob and router.softmax_after_topk to False, or "
+                "leave a router that was fitted out of optimizer.trainable"
+            )
 
     def check_can_close_experts(self) -> None:
         for name, is_used in (("n_group", self.n_group > 1), ("use_selection_bias", self.use_selection_bias)):

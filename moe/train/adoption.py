@@ -35,12 +35,17 @@ class AdoptedMoELayer(MoELayer, MoE):  # pyright: ignore[reportIncompatibleMetho
 
 
 def adopt(model: nn.Module, groups: ParallelGroups) -> None:
-    """Make DeepSpeed recognise every MoE layer and expert parameter of `model`. Call before deepspeed.initialize."""
+    """Make DeepSpeed recognise every MoE layer and expert parameter of `model`. Call before deepspeed.initialize.
+
+    Where no expert is trained, DeepSpeed is shown no MoE layer: it insists on optimizer groups for their experts.
+    """
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    are_trained = any(parameter.requires_grad for module in experts for parameter in module.parameters())
     name = f"ep_size_{groups.ep_size}"  # DeepSpeed parses this form
     deepspeed_groups._get_expert_parallel_group_dict()[name] = groups.expert_group
     deepspeed_groups._get_expert_data_parallel_group_dict()[name] = groups.expert_data_group
     for module in model.modules():
-        if type(module) is MoELayer:
+        if type(module) is MoELayer and are_trained:
             module.__class__ = AdoptedMoELayer
             num_experts = module.router.num_candidates
             vars(module).update(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from moe.parallel.groups import ParallelConfig, ParallelGroups
 from moe.train.adoption import adopt, is_expert_parameter, split_expert_groups
-from moe.train.optimizer import OptimizerConfig, parameter_groups
+from moe.train.optimizer import OptimizerConfig, freeze, parameter_groups
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +58,7 @@ class Engine:
     ) -> None:
         deepspeed_logger.setLevel(logging.ERROR)
         _switch_off_shared_memory_op()
+        freeze(model, optimizer)
         adopt(model, groups)
         self.groups = groups
         self.zero_stage = parallel.stage_on(groups.world_size)

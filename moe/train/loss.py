@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe.balance.domains import DomainSums
 from moe.balance.load import BalanceConfig, GlobalLoad
 from moe.balance.losses import frequency, load_balancing_loss, z_loss
 from moe.balance.statistics import RouterStatistics
@@ -40,6 +41,8 @@ def micro_batch_loss(
     load: GlobalLoad,
     balance: BalanceConfig,
     num_tokens: int,
+    domains: DomainSums | None = None,
+    num_supervised: int = 0,
 ) -> LossTerms:
     """Return this micro-batch's share of the step's loss. Collective where the balance scope is.
 
@@ -48,6 +51,8 @@ def micro_batch_loss(
         statistics: of the routings of this micro-batch; None for a model without MoE layers.
         load: of this step.
         num_tokens: valid tokens of the whole step; each has one label and, in every layer, one routing.
+        domains: with balance.domain_groups, sums of this micro-batch.
+        num_supervised: valid tokens of the whole step that belong to one of these domains.
     """
     lm = lm_sum / num_tokens
     total, balance_term = lm, None
@@ -63,6 +68,8 @@ def micro_batch_loss(
         total = total + statistics.router_loss_sum_L.sum() / num_tokens
         if balance.entropy_coefficient:
             total = total + balance.entropy_coefficient * statistics.entropy_sum_L.sum() / num_tokens
+    if domains is not None:
+        total = total + balance.domain_coefficient * domains.loss / max(num_supervised, 1)
     # logits that are not finite show in z_sum even where the loss does not see them
     is_finite = torch.isfinite(total)
     if statistics is not None:

@@ -1,6 +1,7 @@
-"""Optimizer settings, and which parameters decay."""
+"""Optimizer settings, which parameters train at all, and which of them decay."""
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,8 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0  # 0 = no clipping
+    trainable: tuple[str, ...] = ()
+    """Patterns of parameter names, such as '*.router.*'; all others stay as they start. Empty trains all."""
 
     def validate(self) -> None:
         """Raise ValueError with the field that cannot be used."""
@@ -31,6 +34,30 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{name} = {getattr(self, name)} must not be negative")
         if self.eps <= 0:
             raise ValueError(f"optimizer.eps = {self.eps} must be positive")
+
+    def trains(self, name: str) -> bool:
+        """Return whether the parameter of that name is trained."""
+        return not self.trainable or any(fnmatchcase(name, pattern) for pattern in self.trainable)
+
+
+def freeze(model: nn.Module, config: OptimizerConfig) -> None:
+    """Leave what is not trained without a gradient, and so without moments and out of every reduction.
+
+    Raises ValueError for a pattern that names no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in config.trainable:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"optimizer.trainable names {pattern!r}, which no parameter of the model is called; there are "
+                f"{', '.join(sorted({_generic(name) for name in names}))}"
+            )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and config.trains(name))
+
+
+def _generic(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:

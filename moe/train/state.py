@@ -1,7 +1,7 @@
 """State of an engine as logical tensors: what a checkpoint holds, whatever the layout.
 
     model/<parameter>                               float32 master weights
-    exp_avg/<parameter>, exp_avg_sq/<parameter>     AdamW moments
+    exp_avg/<parameter>, exp_avg_sq/<parameter>     AdamW moments, of what is trained
     buffer/<name>                                   router state (selection bias)
 
 Expert tensors come as the rows of this rank's experts, with their place in the whole. Reading and writing go through
@@ -60,7 +60,7 @@ def read_state(engine: Engine) -> Iterator[Shard]:
     for name, parameter in engine.module.named_parameters():
         is_expert = is_expert_parameter(parameter)
         is_owner = groups.edp_rank == 0 if is_expert else groups.rank == 0
-        for kind in KINDS:
+        for kind in _kinds(parameter):
             tensor = _get(engine, parameter, kind)
             if is_owner:
                 num_experts, first = places[name] if is_expert else (0, 0)
@@ -78,7 +78,7 @@ def write_state(engine: Engine, reader: Reader, *, num_updates: int) -> None:
     places = expert_places(engine.module)
     for name, parameter in engine.module.named_parameters():
         offset, length = (places[name][1], parameter.shape[0]) if is_expert_parameter(parameter) else (0, None)
-        for kind in KINDS:
+        for kind in _kinds(parameter):
             value = reader.read(f"{kind}/{name}", offset=offset, length=length)
             _set(engine, parameter, kind, value.to(parameter.device))
     for name, buffer in _persistent_buffers(engine.module).items():
@@ -90,7 +90,14 @@ def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in module.state_dict().items() if name not in parameters}
 
 
+def _kinds(parameter: nn.Parameter) -> tuple[Kind, ...]:
+    return KINDS if parameter.requires_grad else ("model",)
+
+
 def _get(engine: Engine, parameter: nn.Parameter, kind: Kind) -> Tensor:
+    if not parameter.requires_grad:
+        # no optimizer holds it, so under bfloat16 this is all there is
+        return parameter.detach().float() if parameter.dtype == torch.bfloat16 else parameter.detach()
     if engine.zero_stage:
         return read_full(parameter, kind)
     return parameter.detach() if kind == "model" else engine.torch_optimizer.state[parameter][kind]
@@ -100,7 +107,7 @@ def _set(engine: Engine, parameter: nn.Parameter, kind: Kind, value: Tensor) -> 
     if kind == "model":
         # the working weight, which under ZeRO is a copy of the master
         parameter.data.copy_(value)
-    if engine.zero_stage:
+    if engine.zero_stage and parameter.requires_grad:
         write_full(parameter, kind, value)
     elif kind != "model":
         engine.torch_optimizer.state[parameter][kind].copy_(value)

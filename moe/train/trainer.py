@@ -179,6 +179,8 @@ class Trainer:
             "moe/experts_per_token": record.experts_per_token,
             "moe/dropped_frac": record.dropped_frac,
         }
+        if record.domain_loss is not None:
+            row |= {"moe/domain_loss": record.domain_loss, "moe/domain_accuracy": record.domain_accuracy}
         if self._tracker is not None:
             self._tracker.log(row)
         self._console.row(row, seconds_left=seconds_left)

@@ -136,5 +136,7 @@ def test_the_controller_holds_the_mean_and_survives_bfloat16_and_checkpoints(tar
     ],
 )
 def test_bad_values_are_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        DynamicConfidenceConfig(**fields).validate(num_experts=8, num_experts_per_tok=2)
+    config = DynamicConfidenceConfig(**fields)
+    with pytest.raises(ValueError, match=message):  # noqa: PT012 either of the two refuses
+        config.validate(num_experts=8, num_experts_per_tok=2)
+        config.check_learns(num_experts_per_tok=2)

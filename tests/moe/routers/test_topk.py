@@ -266,5 +266,7 @@ class TestJitter:
     ],
 )
 def test_impossible_settings_are_refused_with_the_limit(K, fields, message):
-    with pytest.raises(ValueError, match=message):
-        TopKConfig(**fields).validate(num_experts=8, num_experts_per_tok=K)
+    config = TopKConfig(**fields)
+    with pytest.raises(ValueError, match=message):  # noqa: PT012 either of the two refuses
+        config.validate(num_experts=8, num_experts_per_tok=K)
+        config.check_learns(num_experts_per_tok=K)
