@@ -4,7 +4,8 @@
     moe eval RUN                       loss per domain and expert load of the newest checkpoint
     moe sample RUN --prompt "def "     text from it
     moe import-hf DIR OUT              a folder of transformers as a model folder of ours
-    moe upcycle DIR OUT --num-experts 8   a dense folder of transformers as an MoE, a model folder
+    moe upcycle DIR OUT --num-experts 8   a dense model as an MoE, a model folder
+    moe add-expert MODEL DENSE OUT     one more expert for a model whose router was fitted to texts
     moe export-hf RUN OUT --verify     a checkpoint of ours as a folder that plain transformers loads
     moe doctor                         what this machine can run, and what is missing with its install line
 
@@ -43,7 +44,7 @@ from moe.routing import RouterContext
 from moe.run import RecipeError, read_rows
 from moe.sample import complete, generate
 from moe.train.evaluate import evaluate
-from moe.upcycle import UpcycleConfig
+from moe.upcycle import AddExpertConfig, UpcycleConfig
 
 Run = Annotated[Path, tyro.conf.Positional]
 Folder = Annotated[Path, tyro.conf.Positional]
@@ -162,10 +163,10 @@ def import_hf(source: Folder, out: Folder, /) -> None:
 
 
 def upcycle(source: Folder, out: Folder, /, *, config: Annotated[UpcycleConfig, tyro.conf.arg(name="")]) -> None:
-    """Make an MoE of a dense folder of transformers: the plan is printed before anything is written.
+    """Make an MoE of a dense model: the plan is printed before anything is written.
 
     Args:
-        source: folder with config.json and safetensors, of a dense model.
+        source: folder of a dense model, of transformers or of ours.
         out: folder to make; must not exist.
     """
     from moe.upcycle.run import plan
@@ -173,10 +174,29 @@ def upcycle(source: Folder, out: Folder, /, *, config: Annotated[UpcycleConfig, 
 
     made = plan(source, config)
     print(made)
-    write(made, source, out)
+    routers = write(made, out)
+    if routers:
+        condition = max(router.condition for router in routers.values())
+        residual = max(router.residual for router in routers.values())
+        print(f"routers are fitted: condition numbers up to {condition:.1e}, residuals up to {residual:.1e}")
     print(
         f"{out} is written; a recipe trains on from it with init_from, `moe export-hf {out} DIR` writes it for others"
     )
+
+
+def add_expert(
+    model: Folder, branch: Folder, out: Folder, /, *, config: Annotated[AddExpertConfig, tyro.conf.arg(name="")]
+) -> None:
+    """Give a model whose router was fitted (upcycle --method ridge) one more expert, without the text of the others.
+
+    Args:
+        model: model folder.
+        branch: folder of the dense model whose feed-forwards become the expert, of transformers or of ours.
+        out: folder to make; must not exist.
+    """
+    from moe.upcycle.add_expert import add_expert as add
+
+    print(f"{out}: {add(model, branch, out, config).num_experts} experts")
 
 
 def export_hf(run: Run, out: Folder, /, *, family: str = "auto", verify: bool = False) -> None:
@@ -282,6 +302,7 @@ def main(args: list[str] | None = None) -> None:
         "sample": sample,
         "import-hf": import_hf,
         "upcycle": upcycle,
+        "add-expert": add_expert,
         "export-hf": export_hf,
         "doctor": doctor,
     }

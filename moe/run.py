@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
-
 from moe.checkpoint import (
     CheckpointError,
     CheckpointReader,
     RunLock,
     list_checkpoints,
     newest_checkpoint,
-    open_model_folder,
+    open_any_model,
     remove_leftovers,
     write_json_atomic,
     write_text_atomic,
@@ -59,15 +57,8 @@ def open_weights(path: Path, *, check_hashes: bool = True) -> tuple[ModelConfig,
     Raises RecipeError if there is none, or it is damaged.
     """
     try:
-        if (path / "model.json").exists():
-            return open_model_folder(path, check_hashes=check_hashes)
-        newest = newest_checkpoint(path / "checkpoints", report=lambda _: None)
-        folder = path if (path / "manifest.json").exists() else newest
-        if folder is None:
-            raise RecipeError(f"init_from = {str(path)!r} is no model folder, run or checkpoint")
-        reader = CheckpointReader.open(folder, check_hashes=check_hashes)
-        return TypeAdapter(ModelConfig).validate_python(reader.state["recipe"]["model"]), reader
-    except (CheckpointError, KeyError, ValidationError) as error:
+        return open_any_model(path, check_hashes=check_hashes)
+    except CheckpointError as error:
         raise RecipeError(f"init_from = {str(path)!r}: {error}") from error
 
 

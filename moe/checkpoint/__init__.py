@@ -10,7 +10,7 @@ from moe.checkpoint.folder import list_checkpoints, remove_leftovers
 from moe.checkpoint.load import CheckpointReader, newest_checkpoint
 from moe.checkpoint.lock import RunLock, RunLockedError
 from moe.checkpoint.manifest import CheckpointError
-from moe.checkpoint.model_folder import open_model_folder, read_model_config
+from moe.checkpoint.model_folder import open_any_model, open_model_folder, read_model_config
 from moe.checkpoint.retention import prune
 from moe.checkpoint.save import Gather, save_checkpoint
 from moe.checkpoint.shards import Shard
@@ -26,6 +26,7 @@ __all__ = [
     "list_checkpoints",
     "load_weights",
     "newest_checkpoint",
+    "open_any_model",
     "open_model_folder",
     "prune",
     "read_model_config",

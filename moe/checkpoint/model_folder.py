@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moe.checkpoint.atomic import write_json_atomic
 from moe.checkpoint.folder import list_checkpoints
-from moe.checkpoint.load import CheckpointReader
-from moe.checkpoint.manifest import CheckpointError
+from moe.checkpoint.load import CheckpointReader, newest_checkpoint
+from moe.checkpoint.manifest import MANIFEST, CheckpointError
 from moe.checkpoint.stream import Entry, save_stream
 from moe.config import ModelConfig
 
@@ -49,3 +49,21 @@ def open_model_folder(folder: Path, *, check_hashes: bool = True) -> tuple[Model
     if not checkpoints:
         raise CheckpointError(f"{folder} holds no checkpoint; import or upcycle it again")
     return config, CheckpointReader.open(checkpoints[-1], check_hashes=check_hashes)
+
+
+def open_any_model(path: Path, *, check_hashes: bool = True) -> tuple[ModelConfig, CheckpointReader]:
+    """Return configuration and weights of a model folder, a checkpoint, or the newest checkpoint of a run.
+
+    Raises CheckpointError if `path` is none of these, or is damaged.
+    """
+    if (path / MODEL).exists():
+        return open_model_folder(path, check_hashes=check_hashes)
+    newest = newest_checkpoint(path / "checkpoints", report=lambda _: None)
+    folder = path if (path / MANIFEST).exists() else newest
+    if folder is None:
+        raise CheckpointError(f"{path} is no model folder, run or checkpoint")
+    reader = CheckpointReader.open(folder, check_hashes=check_hashes)
+    try:
+        return _CONFIG.validate_python(reader.state["recipe"]["model"]), reader
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{folder} does not say what model it holds: {error}") from error

@@ -9,7 +9,7 @@ from typing import ClassVar
 from moe.config import ModelConfig
 from moe.convert import ConversionError
 from moe.initial import draw, generator
-from moe.upcycle import METHODS, DenseLayer, Identity, Method, UpcycleConfig
+from moe.upcycle import METHODS, DenseLayer, Identity, LayerOf, Method, UpcycleConfig
 
 
 class Copy(Method):
@@ -27,7 +27,8 @@ class Copy(Method):
             return "changed on purpose"
         return "exact" if config.norm_topk_prob else "in the limit"
 
-    def expert(self, config: UpcycleConfig, layer: DenseLayer, *, index: int, expert: int) -> DenseLayer:
+    def expert(self, config: UpcycleConfig, layer_of: LayerOf, *, index: int, expert: int) -> DenseLayer:
+        layer = layer_of(0)
         if not config.noise_std:
             return layer
         noisy = {}

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe.config import ModelConfig
 from moe.convert import ConversionError
 from moe.initial import draw, generator
-from moe.upcycle import METHODS, DenseLayer, Identity, Method, UpcycleConfig
+from moe.upcycle import METHODS, DenseLayer, Identity, LayerOf, Method, UpcycleConfig
 
 
 class Drop(Method):
@@ -31,7 +31,8 @@ class Drop(Method):
             return "changed on purpose"
         return "exact" if config.norm_topk_prob else "in the limit"
 
-    def expert(self, config: UpcycleConfig, layer: DenseLayer, *, index: int, expert: int) -> DenseLayer:
+    def expert(self, config: UpcycleConfig, layer_of: LayerOf, *, index: int, expert: int) -> DenseLayer:
+        layer = layer_of(0)
         F, key = layer.gate_FD.shape[0], f"{config.seed}/drop/{index}/{expert}"
         neuron_n = torch.from_numpy(generator(key).permutation(F)[: int(config.drop_ratio * F)])
         return DenseLayer(

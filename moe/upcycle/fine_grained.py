@@ -10,7 +10,22 @@ from typing import ClassVar
 
 from moe.config import ModelConfig
 from moe.convert import ConversionError
-from moe.upcycle import METHODS, DenseLayer, Identity, Method, UpcycleConfig
+from moe.upcycle import METHODS, DenseLayer, Identity, LayerOf, Method, UpcycleConfig
+
+
+def check_slices(config: UpcycleConfig, dense: ModelConfig, *, num_experts: int) -> None:
+    """Raise ConversionError unless a token can choose whole groups of slices only."""
+    G = config.granularity
+    for name, value in (
+        ("intermediate_size", dense.intermediate_size),
+        ("--num-experts", num_experts),
+        ("--top-k", config.top_k),
+    ):
+        if value % G:
+            raise ConversionError(
+                f"--granularity {G} does not divide {name} = {value}: a token would get some slices of a feed-forward "
+                "and not others, which is another function"
+            )
 
 
 class FineGrained(Method):
@@ -23,24 +38,13 @@ class FineGrained(Method):
         G = config.granularity
         if G < 2:
             raise ConversionError(f"--granularity {G} must be at least 2; whole feed-forwards are method copy")
-        for name, value in (
-            ("intermediate_size", dense.intermediate_size),
-            ("--num-experts", config.num_experts),
-            ("--top-k", config.top_k),
-        ):
-            if value % G:
-                raise ConversionError(
-                    f"--granularity {G} does not divide {name} = {value}: a token would get some slices of a "
-                    "feed-forward and not others, which is another function"
-                )
+        check_slices(config, dense, num_experts=self.num_experts(config))
 
     def identity(self, config: UpcycleConfig) -> Identity:
         return "exact" if config.norm_topk_prob else "in the limit"
 
-    def expert(self, config: UpcycleConfig, layer: DenseLayer, *, index: int, expert: int) -> DenseLayer:
-        F = layer.gate_FD.shape[0] // config.granularity
-        rows = slice(expert % config.granularity * F, (expert % config.granularity + 1) * F)
-        return DenseLayer(gate_FD=layer.gate_FD[rows], up_FD=layer.up_FD[rows], down_DF=layer.down_DF[:, rows])
+    def expert(self, config: UpcycleConfig, layer_of: LayerOf, *, index: int, expert: int) -> DenseLayer:
+        return layer_of(0).slice(expert % config.granularity, config.granularity)
 
 
 METHODS.register("fine_grained")(FineGrained())

@@ -32,7 +32,7 @@ def dense(tmp_path_factory):
 
 
 def made_of(path, out, config: UpcycleConfig) -> Model:
-    upcycle(plan(path, config), path, out)
+    upcycle(plan(path, config), out)
     model_config, reader = open_model_folder(out)
     model = Model(model_config, groups=ParallelGroups.single())
     load_weights(model, reader)
@@ -196,8 +196,11 @@ def test_the_command_prints_its_plan_and_refuses_in_one_line(dense, tmp_path, ca
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "magic"}, "'magic' is unknown; known are copy, drop, fine_grained"),
-        ({"granularity": 2}, "--granularity 2 belongs to method fine_grained, not copy"),
+        (
+            {"method": "magic"},
+            "'magic' is unknown; known are branch_train_mix, copy, drop, fine_grained, innovator",
+        ),
+        ({"granularity": 2}, "--granularity 2 belongs to method fine_grained and innovator, not copy"),
         ({"method": "drop", "noise_std": 0.1}, "--noise-std 0.1 belongs to method copy, not drop"),
         ({"method": "fine_grained"}, "--granularity 1 must be at least 2"),
         (
@@ -209,7 +212,7 @@ def test_the_command_prints_its_plan_and_refuses_in_one_line(dense, tmp_path, ca
         ({"method": "drop", "drop_ratio": 1.5}, r"must lie in \[0, 1\]"),
         ({"top_k": 1}, "no gradient"),
         ({"top_k": 9}, "must lie in 1..num_experts = 8"),
-        ({"num_experts": 0}, "--num-experts 0 must be at least 1"),
+        ({"num_experts": -1}, "--num-experts -1 must be at least 0"),
         ({"router_std": -1.0}, "must not be negative"),
         ({"every": 4}, "all 3 layers are dense"),
     ],
