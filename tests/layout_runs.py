@@ -35,7 +35,7 @@ from moe.routing import RouterContext, Routing
 from moe.train.optimizer import OptimizerConfig
 from plain_loop import Curve, Row, Task, plain_loop
 from pool import Pool
-from runs import small_recipe
+from runs import small_recipe, without_report
 from tiny import tiny_config
 
 SEQUENCES, LENGTH, VOCAB = 8, 12, 37
@@ -146,7 +146,7 @@ def launch_and_record(recipe: Recipe) -> Curve:
             rows.append(row_of(record))
             return record
 
-    with patch.object(step_module, "TrainStep", Recorder), redirect_stdout(StringIO()):
+    with patch.object(step_module, "TrainStep", Recorder), redirect_stdout(StringIO()), without_report():
         launch(recipe)
     return Curve(rows=rows, weights={}, choices={})
 

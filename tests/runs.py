@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+import moe.recipe
 from debug import debug
 from faults import around_steps
 from moe.recipe import Recipe, launch
@@ -31,8 +34,14 @@ def small_recipe(root: Path, name: str = "run", *, steps: int = 6, **changes: di
 
 
 def train(recipe: Recipe, resume: bool = False) -> None:
-    """Launch on the ranks of the pool."""
-    launch(recipe, resume=resume)
+    """Launch on the ranks of the pool; without the pictures and the text at the end, a third of a small run."""
+    with without_report():
+        launch(recipe, resume=resume)
+
+
+def without_report() -> AbstractContextManager[Any]:
+    """Leave out what a run prints when it is done. Tests of that launch for themselves, or a process."""
+    return patch.object(moe.recipe, "_report", lambda *_: None)
 
 
 def stop_after(recipe: Recipe, step: int) -> None:
