@@ -42,10 +42,10 @@ def upcycle_dense(folder: Path) -> Recipe:
     )
 
 
-def upcycled(dense: str, folder: Path) -> None:
-    """Make the model folder unless it is there. One rank writes, the others wait for it to appear."""
+def made_once(folder: Path, command: list[str]) -> None:
+    """Run a `moe` command that makes `folder`, its second path, unless it is there. The other ranks wait for it."""
     if launched_rank() == 0 and not folder.exists():
-        moe(["upcycle", dense, str(folder), "--num-experts", "4", "--top-k", "2"])
+        moe([*command[:2], str(folder), *command[2:]])
     deadline = time.monotonic() + 1800
     while not folder.exists():
         if time.monotonic() > deadline:
@@ -53,17 +53,20 @@ def upcycled(dense: str, folder: Path) -> None:
         time.sleep(0.2)
 
 
-if __name__ == "__main__":
+def arguments(name: str) -> tuple[str, Path, list[str]]:
+    """Return the dense folder, the home of what is made, and the overrides of the command line."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python recipes/upcycle_dense.py DENSE_DIR [overrides of the recipe]")
-    arguments = sys.argv[2:]
-    name = "upcycled"
-    if "--name" in arguments:
-        at = arguments.index("--name")
-        name = arguments[at + 1]
-        del arguments[at : at + 2]
-    home = Path("runs") / name
-    upcycled(sys.argv[1], home / "model")
-    main(upcycle_dense(home / "model"), args=arguments)
-    if launched_rank() == 0 and not (home / "hf").exists():
-        moe(["export-hf", str(home / "run"), str(home / "hf"), "--verify"])
+        sys.exit(f"usage: python {sys.argv[0]} DENSE_DIR [--name NAME] [overrides of the recipe]")
+    overrides = sys.argv[2:]
+    if "--name" in overrides:
+        at = overrides.index("--name")
+        name = overrides[at + 1]
+        del overrides[at : at + 2]
+    return sys.argv[1], Path("runs") / name, overrides
+
+
+if __name__ == "__main__":
+    dense, home, overrides = arguments("upcycled")
+    made_once(home / "model", ["upcycle", dense, "--num-experts", "4", "--top-k", "2"])
+    main(upcycle_dense(home / "model"), args=overrides)
+    made_once(home / "hf", ["export-hf", str(home / "run"), "--verify"])

@@ -28,8 +28,13 @@ SEED = 1234
 torch.set_num_threads(1)
 
 
+# what keeps a core busy for minutes begins first, beside tests that mostly wait for one another's processes
+FIRST = ("test_interpreter.py", "test_compiled.py", "test_house.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` on a machine without one; -ra lists them with the reason."""
+    """Skip the tests marked `gpu` on a machine without one; -ra lists them with the reason. And see FIRST."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
     if torch.cuda.is_available():
         return
     for item in items:

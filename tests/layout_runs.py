@@ -75,9 +75,9 @@ def run_fp64(pool: Pool, layout: Layout) -> tuple[str, Deviation]:
     return part, deviation(pool.run(train_layout, task, layout, world_size=layout.world[0]), reference, layout)
 
 
-def run_replayed(pool: Pool, layout: Layout) -> tuple[str, Deviation]:
+def run_replayed(pool: Pool, layout: Layout, *, steps: int = 20) -> tuple[str, Deviation]:
     """Return ("replayed", the deviation) of float32 steps with the expert choices of the plain loop."""
-    task, reference = reference_of(dtype=torch.float32, steps=20, is_padded=layout.is_padded)
+    task, reference = reference_of(dtype=torch.float32, steps=steps, is_padded=layout.is_padded)
     router = ReplayConfig(**vars(task.model.router), choices=reference.choices)
     task = replace(task, model=replace(task.model, router=router))
     return "replayed", deviation(pool.run(train_layout, task, layout, world_size=layout.world[0]), reference, layout)

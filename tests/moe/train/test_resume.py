@@ -58,7 +58,7 @@ def test_twenty_steps_are_ten_and_ten_more(pool, run_root, dtype, stage, scope, 
 @pytest.mark.parametrize(
     ("kills", "flags"),
     [
-        (2, "--steps 8"),
+        (1, "--steps 6"),
         (1, "--steps 6 --ranks 2 --dtype bf16 --scope lagged --accumulation 1"),
     ],
 )

@@ -1,8 +1,7 @@
 """Settings of the tests that run the Triton kernels in Triton's interpreter: test_interpreter.py starts them.
 
 They need TRITON_INTERPRET=1 before a kernel is imported, in a process that compiles nothing; elsewhere none is
-collected. The whole process computes with the interpreter's check for int32 overflow, and products as every
-processor computes them alike.
+collected. The whole process computes products as every processor computes them alike.
 """
 
 import os
@@ -14,9 +13,9 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if IS_INTERPRETED else ["test_*.py"]
 
 if IS_INTERPRETED:
-    from kernel_runs import sum_products_in_one_order, switch_overflow_checks_on
+    from kernel_runs import patch_the_language_once, sum_products_in_one_order
 
-    switch_overflow_checks_on()
+    patch_the_language_once()
     sum_products_in_one_order()
 
 

@@ -1,8 +1,9 @@
 """Offsets past 2^31: strides and sorted positions that large, in memory of which only what is touched is taken.
 
-The check for int32 overflow, on in this whole process, names the operation that wraps; the numbers show the rest.
+The check for int32 overflow, on in all of these tests, names the operation that wraps; the numbers show the rest.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernel_runs import Tiled, allocated_by, reserved, spread
+from kernel_runs import Tiled, allocated_by, overflow_checks, reserved, spread
 from moe_kernels import combine
 from moe_kernels.combine import TokenRows
 from moe_kernels.experts import first_weights, second_weights
@@ -25,6 +26,13 @@ from moe_kernels.tiles import table
 
 FAR = 2**30  # a stride below 2^31, as those that fit int32: the product with an index of 2 does not
 FIRST = 2**27  # a sorted position: times a width of 17 it is past 2^31
+
+
+@pytest.fixture(autouse=True)
+def checked() -> Iterator[None]:
+    """Check every int32 operation."""
+    with overflow_checks():
+        yield
 
 
 @triton.jit

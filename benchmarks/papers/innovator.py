@@ -1,0 +1,179 @@
+"""Innovator (arXiv 2507.18671) on three disciplines: does a dense model learn them without losing what it knew?
+
+    python benchmarks/papers/innovator.py
+
+A parent that has read prose for the most part; then the four stages of recipes/innovator.py in small, and as controls
+the parent trained on, dense, with as many tokens as all stages together: on the disciplines alone, and on the mixture
+of the last stage. `upcycled, fitted` and what follows it begin with a router fitted to texts; `warmed up, untaught`
+leaves out the loss that says whose text is whose.
+
+Losses are on held-out text; `forgot` is that of prose minus the parent's; `group right` the share of discipline tokens
+whose group has the most of the router's probability, mean over layers. Rows go to benchmarks/results/innovator.csv.
+"""
+
+import dataclasses
+import math
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+from dume import opened
+from lab import BATCH, EVALUATED, Lab, general
+from result_rows import append_rows, current_commit
+from rich.console import Console
+from study import RESULTS, show
+
+from moe.balance.load import BalanceConfig
+from moe.checkpoint import read_model_config
+from moe.data.tokens import validation_batches
+from moe.model import Model
+from moe.upcycle import UpcycleConfig
+from moe.upcycle.run import plan, upcycle
+
+GENERAL, DISCIPLINES = "prose", ("python", "maths", "cpp")
+GRANULARITY = 4
+EXPERT_STEPS, WARMUP_STEPS, JOINT_STEPS = 150, 100, 200
+MIXTURE = {GENERAL: 0.3, **dict.fromkeys(DISCIPLINES, 0.7 / 3)}
+ROUTER = ("*.router.*", "*.sigmoid_gate.*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to run."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    home: Path = Path("runs/studies")
+    record: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model on held-out text, nats per token."""
+
+    commit: str
+    torch: str
+    variant: str
+    seed: int
+    prose: float
+    python: float
+    maths: float
+    cpp: float
+    loss: float  # mean of the disciplines
+    forgot: float  # of prose, to the parent
+    group_right: float  # nan for a dense model
+
+
+@torch.no_grad()
+def group_right(lab: Lab, model: Model) -> float:
+    """Return the share of discipline tokens whose group of experts has the most probability."""
+    shares = []
+    for domain in lab.data.domains:
+        if domain.name not in DISCIPLINES:
+            continue
+        batches = validation_batches(
+            domain, sequence_length=BATCH.sequence_length, batch_size=BATCH.micro_sequences, max_sequences=EVALUATED
+        )
+        for batch in batches:
+            for routing in model(batch.token_BS, valid_BS=batch.valid_BS)[1]:
+                group_TG = routing.probs_TE.unflatten(1, (len(DISCIPLINES), GRANULARITY)).sum(-1)
+                right_T = group_TG.argmax(-1)[batch.valid_BS.flatten()] == DISCIPLINES.index(domain.name)
+                shares.append(right_T.float().mean().item())
+    return statistics.mean(shares)
+
+
+def stages(lab: Lab, seed: int) -> dict[str, Path]:
+    """Train what is missing and return the folders of all models, by name."""
+    parent = lab.trained(general(lab, seed))
+
+    def run(name: str, start: Path, steps: int, learning_rate: float, *, is_moe: bool, **options: object) -> Path:
+        model = {"model": read_model_config(start)} if is_moe and (start / "model.json").exists() else {}
+        if is_moe and not model:
+            model = {"model": opened(start).config}
+        recipe = lab.recipe(
+            f"innovator-{name}-{seed}",
+            seed=1000 + seed,
+            steps=steps,
+            init_from=start,
+            learning_rate=learning_rate,
+            **model,
+            **options,
+        )
+        return lab.trained(recipe)
+
+    experts = {
+        name: run(
+            f"expert-{name}", parent, EXPERT_STEPS, 1e-3, is_moe=False,
+            weights={name: 0.9, GENERAL: 0.1}, trainable=("*.feed_forward.*",),
+        )
+        for name in DISCIPLINES
+    }  # fmt: skip
+    config = UpcycleConfig(
+        method="innovator",
+        branches=tuple(map(str, experts.values())),
+        granularity=GRANULARITY,
+        top_k=GRANULARITY,
+        seed=seed,
+    )
+    fitted = replace(
+        config,
+        router="ridge",
+        texts=tuple(f"builtin:{name}" for name in DISCIPLINES),
+        text_tokens=100_000,
+        text_length=BATCH.sequence_length,
+        cache_dir=str(lab.home / "data"),
+    )
+    made = {"upcycled": config, "upcycled, fitted": fitted}
+    models = {"parent": parent, **{f"expert {name}": folder for name, folder in experts.items()}}
+    for name, options in made.items():
+        models[name] = lab.home / f"innovator-{name.replace(', ', '-')}-{seed}-model"
+        if not models[name].exists():
+            upcycle(plan(parent, options), models[name])
+    plain = BalanceConfig(coefficient=1e-3)
+    taught = replace(plain, domain_groups=DISCIPLINES, domain_coefficient=0.1)
+    for name, start, balance in (
+        ("warmed up", "upcycled", taught),
+        ("warmed up, untaught", "upcycled", plain),
+    ):
+        models[name] = run(
+            name.replace(" ", "-").replace(",", ""), models[start], WARMUP_STEPS, 2e-3,
+            is_moe=True, trainable=ROUTER, balance=balance,
+        )  # fmt: skip
+    for name, start in (("joint", "warmed up"), ("joint, fitted", "upcycled, fitted")):
+        models[name] = run(name.replace(", ", "-"), models[start], JOINT_STEPS, 5e-4, is_moe=True, weights=MIXTURE)
+    total = len(DISCIPLINES) * EXPERT_STEPS + WARMUP_STEPS + JOINT_STEPS
+    alone = dict.fromkeys(DISCIPLINES, 1.0)
+    models["dense, disciplines"] = run("dense-alone", parent, total, 1e-3, is_moe=False, weights=alone)
+    models["dense, mixture"] = run("dense-mixture", parent, total, 1e-3, is_moe=False, weights=MIXTURE)
+    return models
+
+
+def main(options: Options) -> None:
+    """Run the study, print its table and keep its rows."""
+    lab, rows, console = Lab(options.home), [], Console(width=260)
+    for seed in options.seeds:
+        found = {name: opened(folder) for name, folder in stages(lab, seed).items()}
+        losses = {name: lab.losses(model) for name, model in found.items()}
+        for name, model in found.items():
+            values = {domain: round(losses[name][domain], 4) for domain in (GENERAL, *DISCIPLINES)}
+            rows.append(
+                Row(
+                    commit=current_commit(),
+                    torch=torch.__version__,
+                    variant=name,
+                    seed=seed,
+                    **values,
+                    loss=round(statistics.mean(losses[name][domain] for domain in DISCIPLINES), 4),
+                    forgot=round(losses[name][GENERAL] - losses["parent"][GENERAL], 4),
+                    group_right=round(group_right(lab, model), 4) if model.config.num_experts else math.nan,
+                )
+            )
+        console.log(f"seed {seed} done")
+    show(console, "held-out loss, nats", rows, "dense, mixture")
+    if options.record:
+        append_rows(RESULTS / "innovator.csv", rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__, default=dataclasses.replace(Options())))
