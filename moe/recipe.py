@@ -222,7 +222,16 @@ def launch(recipe: Recipe, *, resume: bool = False) -> None:
             _train(recipe, start, data, groups)
     finally:
         if is_ours:
-            dist.destroy_process_group()
+            _end_process_group()
+
+
+def _end_process_group() -> None:
+    if "moe.train.engine" in sys.modules:  # else DeepSpeed never came in
+        from moe.train.engine import end_process_group
+
+        end_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def _open_folder(recipe: Recipe, data: PreparedData, resume: bool, stack: ExitStack) -> Start:

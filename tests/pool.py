@@ -93,11 +93,7 @@ def _serve(rank: int, inbox: Any, outbox: Any) -> None:
             failure = traceback.format_exc()
         finally:
             if dist.is_initialized():
-                # DeepSpeed keeps a module-level backend that must go with the group
-                from deepspeed import comm
+                from moe.train.engine import end_process_group
 
-                if comm.is_initialized():
-                    comm.destroy_process_group()
-                if dist.is_initialized():
-                    dist.destroy_process_group()
+                end_process_group()
         outbox.put((rank, result, failure))

@@ -22,6 +22,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed import comm
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
@@ -133,6 +134,14 @@ class Engine:
             scale = min(1.0, self.max_grad_norm / (self._hook_norm + 1e-6))
             for parameter in parameters:
                 parameter.grad.mul_(scale)
+
+
+def end_process_group() -> None:
+    """Destroy the default process group, and what DeepSpeed remembers of it: another run may follow in this process."""
+    if comm.is_initialized():
+        comm.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def global_norm(gradients: list[tuple[nn.Parameter, Tensor | None]], groups: ParallelGroups) -> float:
