@@ -25,9 +25,8 @@ from pathlib import Path
 import torch
 import tyro
 from lab import BATCH, DENSE, EVALUATED, Lab, general
-from result_rows import append_rows, current_commit
 from rich.console import Console
-from study import RESULTS, show
+from study import RESULTS, append_rows, current_commit, show
 from torch import Tensor
 
 from moe.checkpoint import load_weights, open_any_model

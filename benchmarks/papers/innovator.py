@@ -21,9 +21,8 @@ import torch
 import tyro
 from dume import opened
 from lab import BATCH, EVALUATED, Lab, general
-from result_rows import append_rows, current_commit
 from rich.console import Console
-from study import RESULTS, show
+from study import RESULTS, append_rows, current_commit, show
 
 from moe.balance.load import BalanceConfig
 from moe.checkpoint import read_model_config

@@ -16,9 +16,8 @@ import torch
 import tyro
 from lab import BATCH, DENSE, Lab, curve, mixed
 from matplotlib.figure import Figure
-from result_rows import append_rows, current_commit
 from rich.console import Console
-from study import IMAGES, RESULTS, show
+from study import IMAGES, RESULTS, append_rows, current_commit, show
 
 from moe.checkpoint import read_model_config
 from moe.counts import flops_per_token
