@@ -187,7 +187,7 @@ class MoeForCausalLM(PreTrainedModel, GenerationMixin):
         `cache` was called `past_key_values` in older releases of transformers 5; both names are understood.
 
         Raises:
-            ValueError: embeddings in place of ids, or padding to the left, which causal attention would read.
+            ValueError: embeddings in place of ids, or padding between the tokens of a text.
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("MoeForCausalLM takes input_ids only: routers may look at the ids of tokens")
@@ -195,9 +195,11 @@ class MoeForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values if cache is None else cache
         if use_cache and not self.training and cache is None:
             cache = DynamicCache()
+        valid_BS, first_B = _padding(attention_mask, input_ids.shape[1], cache)
         logits_BSV, routings = self.model(
             input_ids,
-            valid_BS=_valid(attention_mask, input_ids.shape[1]),
+            valid_BS=valid_BS,
+            first_B=first_B,
             position_BS=position_ids,
             cache=None
             if cache is None
@@ -245,19 +247,27 @@ class _CacheOfTransformers(KeyValueCache):
         self.layers: list[LayerCache] = [_LayerOfCache(cache, index) for index in range(num_layers)]
 
 
-def _valid(attention_mask: Tensor | None, num_new: int) -> Tensor | None:
-    """Return which of the new tokens are no padding, None if all are."""
+def _padding(attention_mask: Tensor | None, num_new: int, cache: Cache | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return (which of the new tokens are no padding, where each text begins), None for all of them and for 0."""
     if attention_mask is None:
-        return None
+        return None, None
     mask_BP = attention_mask.bool()
-    if mask_BP.dim() != 2:
-        raise ValueError(f"attention_mask has {mask_BP.dim()} dimensions; give one flag per token, [batch, tokens]")
-    if (mask_BP[:, 1:] & ~mask_BP[:, :-1]).any():
+    num_all = num_new + (cache.get_seq_length() if cache is not None else 0)
+    if mask_BP.dim() != 2 or mask_BP.shape[1] != num_all:
         raise ValueError(
-            "attention_mask has padding before text; pad to the right (tokenizer.padding_side = 'right'), and let "
-            "prompts of unequal length generate one by one"
+            f"attention_mask is {list(mask_BP.shape)}; give one flag per token, those of the cache first: "
+            f"[batch, {num_all}]"
         )
-    return None if mask_BP.all() else mask_BP[:, -num_new:]
+    if mask_BP.all():
+        return None, None
+    first_B = mask_BP.int().argmax(1)  # the first of the largest
+    place_P = torch.arange(num_all, device=mask_BP.device)
+    if (mask_BP != (place_P < (first_B + mask_BP.sum(1)).unsqueeze(1)) & (place_P >= first_B.unsqueeze(1))).any():
+        raise ValueError(
+            "attention_mask has padding between tokens of a text; pad prompts to the left to generate from them "
+            "(tokenizer.padding_side = 'left')"
+        )
+    return mask_BP[:, -num_new:], first_B if first_B.any() else None
 
 
 def to_transformers(model: Model, **kwargs: Any) -> MoeForCausalLM:
