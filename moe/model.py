@@ -85,7 +85,24 @@ class Model(nn.Module):
         cache: KeyValueCache | None = None,
         context: RouterContext | None = None,
     ) -> tuple[Tensor, list[Routing]]:
-        """Return (logits_BSV, one routing per MoE layer and round in order).
+        """Return (logits_BSV, one routing per MoE layer and round in order). Arguments as for `hidden`."""
+        x_BSD, routings = self.hidden(
+            token_BS, valid_BS=valid_BS, first_B=first_B, position_BS=position_BS, cache=cache, context=context
+        )
+        head_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(x_BSD, head_VD), routings
+
+    def hidden(
+        self,
+        token_BS: Tensor,
+        *,
+        valid_BS: Tensor | None = None,
+        first_B: Tensor | None = None,
+        position_BS: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        context: RouterContext | None = None,
+    ) -> tuple[Tensor, list[Routing]]:
+        """Return (x_BSD, which the head turns into logits; one routing per MoE layer and round in order).
 
         Args:
             token_BS: int64.
@@ -120,9 +137,7 @@ class Model(nn.Module):
             layer_context, pool = self._pool(index, context, token_BS.device)
             x_BSD, layer_routings = block(x_BSD, cos_BSc, sin_BSc, layer_context, caches, pool, first_B)
             routings += layer_routings
-        x_BSD = self.norm(x_BSD)
-        head_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(x_BSD, head_VD), routings
+        return self.norm(x_BSD), routings
 
     def _pool(self, index: int, context: RouterContext, device: torch.device) -> tuple[RouterContext, Experts | None]:
         """Return what the router of layer `index` may know, and the experts it shares with other layers."""

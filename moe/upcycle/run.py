@@ -20,7 +20,8 @@ from moe.checkpoint.model_folder import write_model
 from moe.checkpoint.stream import Entry
 from moe.config import ModelConfig
 from moe.convert import ConversionError
-from moe.convert.hf import Source, appearing, copy_tokenizer, open_source
+from moe.convert.folder import appearing, copy_tokenizer
+from moe.convert.hf import Source, open_source
 from moe.counts import count_parameters
 from moe.initial import draw
 from moe.model import Model
