@@ -205,17 +205,22 @@ def export_hf(run: Run, out: Folder, /, *, family: str = "auto", verify: bool = 
     Args:
         run: folder of a run, of a checkpoint or of a model.
         out: folder to make; must not exist.
-        family: architecture of transformers, such as qwen3_moe; auto takes the first that expresses the model exactly.
+        family: architecture of transformers, such as qwen3_moe; auto takes the first that expresses the model exactly,
+            or else moe_train, which puts our own code beside the weights: to be loaded with trust_remote_code=True.
         verify: load it in a fresh process and compare logits and 32 greedy tokens.
     """
     from moe.convert.hf import export_hf as convert
     from moe.convert.verify import verify_export
 
     opened = open_model(run)
-    chosen = convert(opened.config, opened.reader, out, tokenizer_dir=opened.tokenizer_dir, family_name=family)
-    print(f"{out}: {chosen.architecture}, from step {opened.reader.step}")
+    exported = convert(opened.config, opened.reader, out, tokenizer_dir=opened.tokenizer_dir, family_name=family)
+    print(f"{out}: {exported.architecture}, from step {opened.reader.step}")
+    if exported.has_own_code:
+        if family == "auto":
+            print("no architecture of transformers expresses this model; --family NAME says what one of them lacks")
+        print("its code goes with it: from_pretrained needs trust_remote_code=True")
     if verify:
-        result = verify_export(out, **computed(opened.load()))
+        result = verify_export(out, **computed(opened.load()), has_own_code=exported.has_own_code)
         print(
             f"verified: logits within {result.difference:.1e} of the largest, {result.num_greedy} greedy tokens equal"
         )

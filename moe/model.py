@@ -80,19 +80,38 @@ class Model(nn.Module):
         token_BS: Tensor,
         *,
         valid_BS: Tensor | None = None,
+        first_B: Tensor | None = None,
         position_BS: Tensor | None = None,
         cache: KeyValueCache | None = None,
         context: RouterContext | None = None,
     ) -> tuple[Tensor, list[Routing]]:
-        """Return (logits_BSV, one routing per MoE layer and round in order).
+        """Return (logits_BSV, one routing per MoE layer and round in order). Arguments as for `hidden`."""
+        x_BSD, routings = self.hidden(
+            token_BS, valid_BS=valid_BS, first_B=first_B, position_BS=position_BS, cache=cache, context=context
+        )
+        head_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(x_BSD, head_VD), routings
+
+    def hidden(
+        self,
+        token_BS: Tensor,
+        *,
+        valid_BS: Tensor | None = None,
+        first_B: Tensor | None = None,
+        position_BS: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        context: RouterContext | None = None,
+    ) -> tuple[Tensor, list[Routing]]:
+        """Return (x_BSD, which the head turns into logits; one routing per MoE layer and round in order).
 
         Args:
             token_BS: int64.
-            valid_BS: bool, False on padding, which is not routed. Attention is causal and knows no padding,
-                so padding must stand to the right of a sequence, where no valid token looks. Logits on
-                padding mean nothing.
+            valid_BS: bool, False on padding, which is not routed. Attention is causal, so no valid token looks
+                at padding to the right of a sequence. Logits on padding mean nothing.
+            first_B: place of the first token of each sequence, int64, counted from the start of the cache:
+                attention sees none of the padding before it. None: there is none.
             position_BS: position of each token in its sequence, int64; default 0..S-1, after the tokens of
-                the cache.
+                the cache. Only differences matter, so padding before a sequence may count.
             cache: keys and values of earlier tokens; the new ones are appended.
             context: what routers may know, its tensors flattened to [B*S]; valid_BS fills its valid_T. None: a
                 model whose training is over.
@@ -116,11 +135,9 @@ class Model(nn.Module):
         for index, block in enumerate(self.layers):
             caches = cache.layers[index * per_layer : (index + 1) * per_layer] if cache is not None else None
             layer_context, pool = self._pool(index, context, token_BS.device)
-            x_BSD, layer_routings = block(x_BSD, cos_BSc, sin_BSc, layer_context, caches, pool)
+            x_BSD, layer_routings = block(x_BSD, cos_BSc, sin_BSc, layer_context, caches, pool, first_B)
             routings += layer_routings
-        x_BSD = self.norm(x_BSD)
-        head_VD = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(x_BSD, head_VD), routings
+        return self.norm(x_BSD), routings
 
     def _pool(self, index: int, context: RouterContext, device: torch.device) -> tuple[RouterContext, Experts | None]:
         """Return what the router of layer `index` may know, and the experts it shares with other layers."""

@@ -40,7 +40,8 @@ class Registry(Mapping[str, T], Generic[T]):
     def _load(self) -> dict[str, T]:
         if not self._is_loaded:
             package = importlib.import_module(self._package)
-            for module in pkgutil.iter_modules(package.__path__):
+            # a flat copy of these files, beside an exported model, has no package and has imported them all by now
+            for module in pkgutil.iter_modules(getattr(package, "__path__", [])):
                 importlib.import_module(f"{self._package}.{module.name}")
             # only now: a file that fails to import fails at every look-up, not just at the first
             self._is_loaded = True

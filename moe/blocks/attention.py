@@ -58,8 +58,15 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(size=query_size if is_full else head_dim, eps=norm_eps)
             self.k_norm = RMSNorm(size=key_size if is_full else head_dim, eps=norm_eps)
 
-    def forward(self, x_BSD: Tensor, cos_BSc: Tensor, sin_BSc: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """Return y_BSD. Each token sees the tokens of `cache`, then those of x up to itself."""
+    def forward(
+        self,
+        x_BSD: Tensor,
+        cos_BSc: Tensor,
+        sin_BSc: Tensor,
+        cache: LayerCache | None = None,
+        first_B: Tensor | None = None,
+    ) -> Tensor:
+        """Return y_BSD. Each token sees the tokens of `cache`, then those of x up to itself; `first_B` as in attend."""
         query, key = self.q_proj(x_BSD), self.k_proj(x_BSD)
         if self.qk_norm == "full":
             query, key = self.q_norm(query), self.k_norm(key)
@@ -69,7 +76,8 @@ class Attention(nn.Module):
         query_BHSd = rotate(query.transpose(1, 2), cos_BSc, sin_BSc)
         key_BGSd = rotate(key.transpose(1, 2), cos_BSc, sin_BSc)
         value_BGSd = self._split(self.v_proj(x_BSD)).transpose(1, 2)
-        return self.o_proj(attend(query_BHSd, key_BGSd, value_BGSd, cache, window=self.window, sinks_H=self.sinks))
+        y_BSd = attend(query_BHSd, key_BGSd, value_BGSd, cache, window=self.window, sinks_H=self.sinks, first_B=first_B)
+        return self.o_proj(y_BSd)
 
     def _split(self, x: Tensor) -> Tensor:
         """Return [B, S, heads, d] of [B, S, heads*d]."""
@@ -84,21 +92,28 @@ def attend(
     *,
     window: int = 0,
     sinks_H: Tensor | None = None,
+    first_B: Tensor | None = None,
 ) -> Tensor:
-    """Return what the heads see [B, S, H*v], causally; keys and values are appended to the cache first."""
+    """Return what the heads see [B, S, H*v], causally; keys and values are appended to the cache first.
+
+    Args:
+        first_B: int64, place of the first token of each sequence, counted from the first of the cache: what stands
+            before it is padding, which no token sees. None: all begin at 0.
+    """
     num_new, num_past = query_BHSd.shape[2], 0
     if cache is not None:
         num_past = cache.length
         key_BGSd, value_BGSv = cache.append(key_BGSd, value_BGSv)
-    is_plain = num_past == 0 or num_new == 1  # a causal or full view is right
+    is_plain = first_B is None and (num_past == 0 or num_new == 1)  # a causal or full view is right
     is_windowed = 0 < window < num_past + num_new
-    mask = None if is_plain and not is_windowed else _seen(num_new, num_past, window, query_BHSd.device)
+    mask = None
+    if not is_plain or is_windowed or sinks_H is not None:
+        mask = _seen(num_new, num_past, window, query_BHSd.device, first_B)
     if sinks_H is not None:
         # one more key, zero, whose score is the sink and whose value is zero: it takes weight and gives nothing
-        seen_SP = _seen(num_new, num_past, window, query_BHSd.device)
-        bias_HSP = query_BHSd.new_zeros(sinks_H.shape[0], *seen_SP.shape).masked_fill(~seen_SP, float("-inf"))
-        sink_HS1 = sinks_H.to(query_BHSd.dtype)[:, None, None].expand(-1, num_new, 1)
-        mask = torch.cat((bias_HSP, sink_HS1), dim=-1)
+        sink_H11 = sinks_H.to(query_BHSd.dtype)[:, None, None]
+        bias_HSP = torch.zeros_like(sink_H11).masked_fill(~mask, float("-inf"))  # [B, H, S, P] with first_B
+        mask = torch.cat((bias_HSP, sink_H11.expand(*bias_HSP.shape[:-1], 1)), dim=-1)
         key_BGSd, value_BGSv = F.pad(key_BGSd, (0, 0, 0, 1)), F.pad(value_BGSv, (0, 0, 0, 1))
     y_BHSv = F.scaled_dot_product_attention(
         query_BHSd,
@@ -111,8 +126,15 @@ def attend(
     return y_BHSv.transpose(1, 2).flatten(2)
 
 
-def _seen(num_new: int, num_past: int, window: int, device: torch.device) -> Tensor:
-    """Return bool [S, P], True where a new token may look."""
+def _seen(num_new: int, num_past: int, window: int, device: torch.device, first_B: Tensor | None) -> Tensor:
+    """Return bool [S, P], or [B, 1, S, P] with first_B, True where a new token may look."""
     ones_SP = torch.ones(num_new, num_past + num_new, dtype=torch.bool, device=device)
     seen_SP = ones_SP.tril(diagonal=num_past)
-    return seen_SP.triu(diagonal=num_past - window + 1) if window else seen_SP
+    if window:
+        seen_SP = seen_SP.triu(diagonal=num_past - window + 1)
+    if first_B is None:
+        return seen_SP
+    place_P = torch.arange(num_past + num_new, device=device)
+    # padding sees itself: some kernels make NaN of a row that sees nothing, and NaN times a weight of zero is NaN
+    itself_SP = place_P == place_P[num_past:, None]
+    return (seen_SP & (place_P >= first_B[:, None, None, None])) | itself_SP

@@ -89,25 +89,34 @@ class Block(RoutedBlock):
         context: RouterContext,
         caches: Sequence[LayerCache] | None = None,
         experts: Experts | None = None,
+        first_B: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """Return (x_BSD, the routings of this layer, one per round; none if it is dense).
 
         Args:
             caches: one for each attention of the block.
             experts: the pool, for an MoE layer that shares it with others.
+            first_B: where each sequence begins, see attend; None: at 0.
         """
         # a recomputed attention would append to the cache twice
         is_recomputed = self.activation_checkpointing and self.training and caches is None
         if is_recomputed:
-            x_BSD = _recomputed(self._attend, x_BSD, cos_BSc, sin_BSc)
+            x_BSD = _recomputed(partial(self._attend, first_B=first_B), x_BSD, cos_BSc, sin_BSc)
         else:
-            x_BSD = self._attend(x_BSD, cos_BSc, sin_BSc, caches[0] if caches is not None else None)
+            x_BSD = self._attend(x_BSD, cos_BSc, sin_BSc, caches[0] if caches is not None else None, first_B)
         if self.moe is not None:
             return self._route(self.moe, x_BSD, context, experts)
         return (_recomputed(self._feed, x_BSD) if is_recomputed else self._feed(x_BSD)), []
 
-    def _attend(self, x_BSD: Tensor, cos_BSc: Tensor, sin_BSc: Tensor, cache: LayerCache | None = None) -> Tensor:
-        return x_BSD + self.attention(self.attention_norm(x_BSD), cos_BSc, sin_BSc, cache)
+    def _attend(
+        self,
+        x_BSD: Tensor,
+        cos_BSc: Tensor,
+        sin_BSc: Tensor,
+        cache: LayerCache | None = None,
+        first_B: Tensor | None = None,
+    ) -> Tensor:
+        return x_BSD + self.attention(self.attention_norm(x_BSD), cos_BSc, sin_BSc, cache, first_B)
 
     def _route(
         self, moe: MoELayer, x_BSD: Tensor, context: RouterContext, experts: Experts | None
@@ -159,23 +168,31 @@ class ShortcutBlock(RoutedBlock):
         context: RouterContext,
         caches: Sequence[LayerCache] | None = None,
         experts: Experts | None = None,
+        first_B: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """Return (x_BSD, the routing of this layer); arguments as for Block."""
         assert self.moe is not None
         is_recomputed = self.activation_checkpointing and self.training and caches is None
         run = _recomputed if is_recomputed else _directly
         first, second = (None, None) if caches is None else caches
-        x_BSD = run(partial(self._attend, 0, cache=first), x_BSD, cos_BSc, sin_BSc)
+        x_BSD = run(partial(self._attend, 0, cache=first, first_B=first_B), x_BSD, cos_BSc, sin_BSc)
         u_BSD = self.feed_forward_norm[0](x_BSD)
         shortcut_BSD, routings = self.moe(u_BSD, context, experts=experts)
         x_BSD = x_BSD + run(self.feed_forward[0], u_BSD)
-        x_BSD = run(partial(self._attend, 1, cache=second), x_BSD, cos_BSc, sin_BSc)
+        x_BSD = run(partial(self._attend, 1, cache=second, first_B=first_B), x_BSD, cos_BSc, sin_BSc)
         return run(self._feed, x_BSD) + shortcut_BSD, routings
 
     def _attend(
-        self, index: int, x_BSD: Tensor, cos_BSc: Tensor, sin_BSc: Tensor, *, cache: LayerCache | None
+        self,
+        index: int,
+        x_BSD: Tensor,
+        cos_BSc: Tensor,
+        sin_BSc: Tensor,
+        *,
+        cache: LayerCache | None,
+        first_B: Tensor | None,
     ) -> Tensor:
-        return x_BSD + self.attention[index](self.attention_norm[index](x_BSD), cos_BSc, sin_BSc, cache)
+        return x_BSD + self.attention[index](self.attention_norm[index](x_BSD), cos_BSc, sin_BSc, cache, first_B)
 
     def _feed(self, x_BSD: Tensor) -> Tensor:
         return x_BSD + self.feed_forward[1](self.feed_forward_norm[1](x_BSD))

@@ -65,8 +65,15 @@ class LatentAttention(nn.Module):
         )
         self._latent_scale = (hidden_size / kv_lora_rank) ** 0.5 if scales_latents else 1.0
 
-    def forward(self, x_BSD: Tensor, cos_BSc: Tensor, sin_BSc: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """Return y_BSD. Each token sees the tokens of `cache`, then those of x up to itself."""
+    def forward(
+        self,
+        x_BSD: Tensor,
+        cos_BSc: Tensor,
+        sin_BSc: Tensor,
+        cache: LayerCache | None = None,
+        first_B: Tensor | None = None,
+    ) -> Tensor:
+        """Return y_BSD. Each token sees the tokens of `cache`, then those of x up to itself; `first_B` as in attend."""
         nope, rope, value = self._splits
         query = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSD))) if self._has_query_latent else self.q_proj(x_BSD)
         query_BHSd = self._heads(query) * self._query_scale
@@ -78,7 +85,7 @@ class LatentAttention(nn.Module):
         key_BHSr = rotate(rotary_key.unsqueeze(1), cos_BSc, sin_BSc).expand(-1, self._num_heads, -1, -1)
         query_BHSd = torch.cat((query_BHSn, rotate(query_BHSr, cos_BSc, sin_BSc)), dim=-1)
         key_BHSd = torch.cat((key_BHSn, key_BHSr), dim=-1)
-        return self.o_proj(attend(query_BHSd, key_BHSd, value_BHSv, cache))
+        return self.o_proj(attend(query_BHSd, key_BHSd, value_BHSv, cache, first_B=first_B))
 
     def _heads(self, x: Tensor) -> Tensor:
         """Return [B, H, S, width] of [B, S, H*width]."""

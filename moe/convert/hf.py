@@ -5,9 +5,7 @@ name only when it is complete. Memory is bounded by a few tensors: a model is ne
 """
 
 import json
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,25 +16,16 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from moe.checkpoint import CheckpointReader, write_json_atomic
-from moe.checkpoint.atomic import fsync_folder
 from moe.checkpoint.manifest import DTYPES
 from moe.checkpoint.model_folder import write_model
-from moe.checkpoint.stream import Entry, split_entries, write_file
+from moe.checkpoint.stream import Entry
 from moe.config import ModelConfig
 from moe.convert import ConversionError
 from moe.convert.families import Family
+from moe.convert.folder import appearing, copy_tokenizer, special_ids, write_shards
 from moe.convert.names import FAMILIES, Names, to_ours, to_theirs
+from moe.convert.portable import ARCHITECTURE, MODEL_TYPE, export_portable
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 # keys of a config.json that change no number in a forward pass of ours
 _HARMLESS = {
     "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "attention_dropout",
@@ -179,7 +168,7 @@ def choose_family(config: ModelConfig, name: str = "auto") -> tuple[Family, PreT
     Raises ConversionError saying, for each family tried, what it cannot express.
     """
     if name != "auto" and name not in FAMILIES:
-        raise ConversionError(f"--family {name!r} is unknown; known are auto, {', '.join(FAMILIES)}")
+        raise ConversionError(f"--family {name!r} is unknown; known are auto, {', '.join((*FAMILIES, MODEL_TYPE))}")
     candidates = [family for family in FAMILIES.values() if family.is_moe == (config.num_experts > 0)]
     refusals = []
     for family in candidates if name == "auto" else [FAMILIES[name]]:
@@ -188,9 +177,18 @@ def choose_family(config: ModelConfig, name: str = "auto") -> tuple[Family, PreT
         except ConversionError as error:
             refusals.append(f"{family.model_type}: {error}")
     raise ConversionError(
-        "no architecture of transformers expresses this model; moe.convert.modeling saves it as it is, for Auto "
-        "classes with this package installed.\n  " + "\n  ".join(refusals)
+        f"no architecture of transformers expresses this model; --family {MODEL_TYPE} writes it with our own code.\n  "
+        + "\n  ".join(refusals)
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What an export has become."""
+
+    model_type: str
+    architecture: str  # class that loads it
+    has_own_code: bool = False  # our files beside the weights, which need trust_remote_code
 
 
 def export_hf(
@@ -201,14 +199,27 @@ def export_hf(
     tokenizer_dir: Path,
     family_name: str = "auto",
     shard_bytes: int = 2 << 30,
-) -> Family:
-    """Write a checkpoint of ours as a folder that plain transformers loads; return its family.
+) -> Exported:
+    """Write a checkpoint of ours as a folder that plain transformers loads; return what it has become.
 
-    Per-expert names, which every server understands; configuration with both spellings of the keys that changed.
+    Per-expert names, which every server understands; configuration with both spellings of the keys that changed. What
+    no architecture expresses goes out with our own code, in our names.
 
-    Raises ConversionError before anything is written, for a model that transformers cannot express.
+    Args:
+        family_name: of an architecture, "moe_train" for our own code, or "auto" for the first that does.
+
+    Raises ConversionError before anything is written, for a model that the family named cannot express.
     """
-    family, theirs = choose_family(config, family_name)
+    try:
+        chosen = None if family_name == MODEL_TYPE else choose_family(config, family_name)
+    except ConversionError:
+        if family_name != "auto":
+            raise
+        chosen = None
+    if chosen is None:
+        export_portable(config, reader, out, tokenizer_dir=tokenizer_dir, shard_bytes=shard_bytes)
+        return Exported(model_type=MODEL_TYPE, architecture=ARCHITECTURE, has_own_code=True)
+    family, theirs = chosen
     names = Names.of(config, family)
     missing = sorted(set(names.shapes) - reader.names)
     if missing:
@@ -219,7 +230,7 @@ def export_hf(
         _write_config(folder, family, theirs, config, reader)
         _write_weights(folder, names, config, family, reader, shard_bytes)
         (folder / "README.md").write_text(_card(family, config, reader), encoding="utf-8")
-    return family
+    return Exported(model_type=family.model_type, architecture=family.architecture)
 
 
 def _write_weights(
@@ -245,25 +256,14 @@ def _write_weights(
         for shape in names.unused.values():
             yield torch.zeros(shape, dtype=dtype)
 
-    groups = list(split_entries(entries, limit_bytes=shard_bytes))
-    stream, weight_map = tensors(), {}
-    for number, group in enumerate(groups, 1):
-        is_whole = len(groups) == 1
-        file = "model.safetensors" if is_whole else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        write_file(folder / file, group, stream, metadata={"format": "pt"})
-        weight_map |= {entry.name: file for entry in group}
-    if len(groups) > 1:
-        size = sum(entry.bytes for entry in entries)
-        write_json_atomic(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map}
-        )
+    write_shards(folder, entries, tensors(), shard_bytes)
 
 
 def _write_config(
     folder: Path, family: Family, theirs: PreTrainedConfig, config: ModelConfig, reader: CheckpointReader
 ) -> None:
     dtype = str(reader.dtype("model/embed_tokens.weight")).removeprefix("torch.")
-    special = _special_ids(folder)
+    special = special_ids(folder)
     # through JSON, where the keys of its tables are text
     fields = {
         **json.loads(theirs.to_json_string(use_diff=False)),
@@ -280,21 +280,6 @@ def _write_config(
     write_json_atomic(folder / "generation_config.json", {"_from_model_config": True, **special})
 
 
-def _special_ids(folder: Path) -> dict[str, int | None]:
-    """Return the ids of the tokenizer's special tokens, None where it has none: a class's default would be wrong."""
-    ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    if not (folder / "tokenizer_config.json").is_file() or not (folder / "tokenizer.json").is_file():
-        return ids
-    names = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    added = {token["content"]: token["id"] for token in vocabulary.get("added_tokens", [])}
-    for key in ids:
-        token = names.get(key.removesuffix("_id"))
-        content = token.get("content") if isinstance(token, dict) else token
-        ids[key] = added.get(content)
-    return ids
-
-
 def _card(family: Family, config: ModelConfig, reader: CheckpointReader) -> str:
     experts = f"{config.num_experts} experts, {config.num_experts_per_tok} per token" if config.num_experts else "dense"
     return (
@@ -303,33 +288,3 @@ def _card(family: Family, config: ModelConfig, reader: CheckpointReader) -> str:
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "model = AutoModelForCausalLM.from_pretrained(folder)\ntokenizer = AutoTokenizer.from_pretrained(folder)\n```\n"
     )
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the files of a tokenizer, those that are there."""
-    target.mkdir(exist_ok=True)
-    for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copy(source / name, target / name)
-
-
-@contextmanager
-def appearing(out: Path) -> Iterator[Path]:
-    """Yield a hidden folder that becomes `out` if all goes well, and is removed if not.
-
-    Raises ConversionError if `out` exists: nothing is overwritten.
-    """
-    if out.exists():
-        raise ConversionError(f"{out} exists; choose another folder, or remove it")
-    temporary = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for folder in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
-            fsync_folder(folder)
-        temporary.rename(out)
-        fsync_folder(out.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -10,15 +10,16 @@ caches included. What belongs to training with our engine is not here: balance o
 step that moves selection biases. Under the Trainer the coefficients of the configuration apply to one micro-batch.
 """
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, cast
 
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 from moe.balance.losses import frequency, load_balancing_loss, z_loss
 from moe.balance.statistics import RouterStatistics, collect
@@ -30,6 +31,7 @@ from moe.initial import residual_std
 from moe.layer import MoELayer
 from moe.model import Model, ModelConfig
 from moe.parallel.groups import ParallelGroups
+from moe.routing import Routing
 
 _ARCHITECTURE = TypeAdapter(ModelConfig)
 # what other tools look for in a config.json; the truth is `architecture`
@@ -93,8 +95,8 @@ class MoeConfig(PreTrainedConfig):
         return cls(architecture=_ARCHITECTURE.dump_python(config, mode="json"), **kwargs)
 
 
-class MoeForCausalLM(PreTrainedModel, GenerationMixin):
-    """Token ids in, next-token logits out. The network is `model`, a moe.model.Model."""
+class MoePreTrainedModel(PreTrainedModel):
+    """What both models are: a moe.model.Model as `model`, and the cares of transformers about it."""
 
     config_class = MoeConfig
     base_model_prefix = "model"
@@ -169,6 +171,66 @@ class MoeForCausalLM(PreTrainedModel, GenerationMixin):
             if isinstance(module, RoutedBlock | MoELayer):
                 module.activation_checkpointing = is_on
 
+    def _run(
+        self,
+        run: Callable[..., tuple[Tensor, list[Routing]]],
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+    ) -> tuple[Tensor, list[Routing], Cache | None]:
+        """Return what the network or its body gives, its routings, and the cache to hand back."""
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError(f"{type(self).__name__} takes input_ids only: routers may look at the ids of tokens")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and not self.training and cache is None:
+            cache = DynamicCache()
+        valid_BS, first_B = _padding(attention_mask, input_ids.shape[1], cache)
+        y_BSX, routings = run(
+            input_ids,
+            valid_BS=valid_BS,
+            first_B=first_B,
+            position_BS=position_ids,
+            cache=None
+            if cache is None
+            else _CacheOfTransformers(cache, num_layers=self.model.config.num_attention_layers),
+        )
+        return y_BSX, routings, cache if use_cache else None
+
+
+class MoeModel(MoePreTrainedModel):
+    """Token ids in, the hidden states that the head would read out. The head is among its weights, unused."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """Return the hidden states [B, S, D] after the last norm; arguments and errors as for MoeForCausalLM."""
+        cache = past_key_values if cache is None else cache
+        x_BSD, routings, cache = self._run(
+            self.model.hidden, input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache
+        )
+        output = MoeModelOutputWithPast(
+            last_hidden_state=cast(torch.FloatTensor, x_BSD),
+            router_logits=cast(Any, tuple(routing.logits_TE for routing in routings)),
+        )
+        if cache is not None:
+            output[_CACHE_FIELD] = cache
+        return output
+
+
+class MoeForCausalLM(MoePreTrainedModel, GenerationMixin):
+    """Token ids in, next-token logits out."""
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -187,21 +249,11 @@ class MoeForCausalLM(PreTrainedModel, GenerationMixin):
         `cache` was called `past_key_values` in older releases of transformers 5; both names are understood.
 
         Raises:
-            ValueError: embeddings in place of ids, or padding to the left, which causal attention would read.
+            ValueError: embeddings in place of ids, or padding between the tokens of a text.
         """
-        if input_ids is None or inputs_embeds is not None:
-            raise ValueError("MoeForCausalLM takes input_ids only: routers may look at the ids of tokens")
-        use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values if cache is None else cache
-        if use_cache and not self.training and cache is None:
-            cache = DynamicCache()
-        logits_BSV, routings = self.model(
-            input_ids,
-            valid_BS=_valid(attention_mask, input_ids.shape[1]),
-            position_BS=position_ids,
-            cache=None
-            if cache is None
-            else _CacheOfTransformers(cache, num_layers=self.model.config.num_attention_layers),
+        logits_BSV, routings, cache = self._run(
+            self.model, input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BSV = logits_BSV[:, kept]
@@ -209,7 +261,7 @@ class MoeForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits_BSV, labels=labels, vocab_size=logits_BSV.shape[-1], **kwargs)
             if routings and self.training:
-                auxiliary = self._routing_loss(collect(routings, num_sequences=input_ids.shape[0]))
+                auxiliary = self._routing_loss(collect(routings, num_sequences=logits_BSV.shape[0]))
                 loss = loss + auxiliary
         output = MoeCausalLMOutputWithPast(
             loss=loss,
@@ -217,7 +269,7 @@ class MoeForCausalLM(PreTrainedModel, GenerationMixin):
             logits=logits_BSV,
             router_logits=tuple(routing.logits_TE for routing in routings),
         )
-        if use_cache and cache is not None:
+        if cache is not None:
             output[_CACHE_FIELD] = cache
         return output
 
@@ -245,19 +297,27 @@ class _CacheOfTransformers(KeyValueCache):
         self.layers: list[LayerCache] = [_LayerOfCache(cache, index) for index in range(num_layers)]
 
 
-def _valid(attention_mask: Tensor | None, num_new: int) -> Tensor | None:
-    """Return which of the new tokens are no padding, None if all are."""
+def _padding(attention_mask: Tensor | None, num_new: int, cache: Cache | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return (which of the new tokens are no padding, where each text begins), None for all of them and for 0."""
     if attention_mask is None:
-        return None
+        return None, None
     mask_BP = attention_mask.bool()
-    if mask_BP.dim() != 2:
-        raise ValueError(f"attention_mask has {mask_BP.dim()} dimensions; give one flag per token, [batch, tokens]")
-    if (mask_BP[:, 1:] & ~mask_BP[:, :-1]).any():
+    num_all = num_new + (cache.get_seq_length() if cache is not None else 0)
+    if mask_BP.dim() != 2 or mask_BP.shape[1] != num_all:
         raise ValueError(
-            "attention_mask has padding before text; pad to the right (tokenizer.padding_side = 'right'), and let "
-            "prompts of unequal length generate one by one"
+            f"attention_mask is {list(mask_BP.shape)}; give one flag per token, those of the cache first: "
+            f"[batch, {num_all}]"
         )
-    return None if mask_BP.all() else mask_BP[:, -num_new:]
+    if mask_BP.all():
+        return None, None
+    first_B = mask_BP.int().argmax(1)  # the first of the largest
+    place_P = torch.arange(num_all, device=mask_BP.device)
+    if (mask_BP != (place_P < (first_B + mask_BP.sum(1)).unsqueeze(1)) & (place_P >= first_B.unsqueeze(1))).any():
+        raise ValueError(
+            "attention_mask has padding between tokens of a text; pad prompts to the left to generate from them "
+            "(tokenizer.padding_side = 'left')"
+        )
+    return mask_BP[:, -num_new:], first_B if first_B.any() else None
 
 
 def to_transformers(model: Model, **kwargs: Any) -> MoeForCausalLM:
@@ -265,5 +325,8 @@ def to_transformers(model: Model, **kwargs: Any) -> MoeForCausalLM:
     return MoeForCausalLM(MoeConfig.of(model.config, **kwargs), model)
 
 
-AutoConfig.register(MoeConfig.model_type, MoeConfig, exist_ok=True)
-AutoModelForCausalLM.register(MoeConfig, MoeForCausalLM, exist_ok=True)
+# not for the copy beside an exported model, which transformers finds by itself
+if __name__ == "moe.convert.modeling":
+    AutoConfig.register(MoeConfig.model_type, MoeConfig, exist_ok=True)
+    AutoModel.register(MoeConfig, MoeModel, exist_ok=True)
+    AutoModelForCausalLM.register(MoeConfig, MoeForCausalLM, exist_ok=True)

@@ -15,17 +15,35 @@ from moe.convert import ConversionError
 
 LOGITS_TOLERANCE = 1e-5  # of the largest logit, float32
 # experts one by one: the grouped product of torch wants widths of 16 bytes, and sums in another order;
-# nothing of ours is imported there: what loads is what anybody's transformers loads
+# nothing of ours can be imported there, installed or not: what loads is what anybody's transformers loads
 _PROGRAM = """
 import json, sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("moe", "moe_kernels"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+try:
+    import moe
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("moe can be imported, so this verifies nothing")
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-folder, file, new = sys.argv[1], sys.argv[2], int(sys.argv[3])
+folder, file, new, has_own_code = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "True"
 given = load_file(file)
 model, info = AutoModelForCausalLM.from_pretrained(
-    folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, experts_implementation="eager"
+    folder,
+    dtype=torch.float32,
+    output_loading_info=True,
+    local_files_only=True,
+    experts_implementation="eager",
+    trust_remote_code=has_own_code,
 )
 with torch.no_grad():
     logits = model.eval()(input_ids=given["token"]).logits
@@ -52,13 +70,16 @@ class Verification:
     num_greedy: int  # greedy tokens compared, all equal
 
 
-def verify_export(folder: Path, *, token_BS: Tensor, logits_BSV: Tensor, greedy: list[int]) -> Verification:
+def verify_export(
+    folder: Path, *, token_BS: Tensor, logits_BSV: Tensor, greedy: list[int], has_own_code: bool = False
+) -> Verification:
     """Load an exported folder in plain transformers and hold it against what the model it was made from computed.
 
     Args:
         token_BS: int64, at least 4 tokens in the first sequence.
         logits_BSV: of these tokens, float32.
         greedy: what follows the first 4 tokens of the first sequence, each the likeliest.
+        has_own_code: run the code in the folder, which export_hf has just written there.
 
     Raises ConversionError for a tensor that is missing, unexpected or of another shape, for logits that differ by more
     than LOGITS_TOLERANCE, and for another greedy token.
@@ -67,12 +88,25 @@ def verify_export(folder: Path, *, token_BS: Tensor, logits_BSV: Tensor, greedy:
         file = Path(temporary) / "given.safetensors"
         save_file({"token": token_BS, "logits": logits_BSV.float().contiguous().cpu()}, file)
         answer = subprocess.run(
-            [sys.executable, "-c", _PROGRAM, str(folder.resolve()), str(file), str(len(greedy))],
+            [
+                sys.executable,
+                "-c",
+                _PROGRAM,
+                str(folder.resolve()),
+                str(file),
+                str(len(greedy)),
+                str(has_own_code),
+            ],
             capture_output=True,
             text=True,
             check=False,
             cwd=temporary,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+            env={
+                **os.environ,
+                "HF_HUB_OFFLINE": "1",
+                "HF_MODULES_CACHE": str(Path(temporary) / "modules"),
+                "TRANSFORMERS_VERBOSITY": "error",
+            },
         )
     if answer.returncode:
         raise ConversionError(f"{folder} does not load in plain transformers: {answer.stderr.strip().splitlines()[-1]}")

@@ -17,7 +17,7 @@ from moe.checkpoint.manifest import CheckpointError
 from moe.checkpoint.model_folder import write_model
 from moe.config import ModelConfig
 from moe.convert import ConversionError
-from moe.convert.hf import appearing, copy_tokenizer
+from moe.convert.folder import appearing, copy_tokenizer
 from moe.routers.topk import TopKConfig
 from moe.upcycle import AddExpertConfig
 from moe.upcycle.dense import DenseModel, entries_of, open_dense

@@ -21,7 +21,7 @@ from moe.checkpoint.model_folder import write_model
 from moe.checkpoint.stream import Entry
 from moe.config import ModelConfig
 from moe.convert import ConversionError
-from moe.convert.hf import appearing, copy_tokenizer
+from moe.convert.folder import appearing, copy_tokenizer
 from moe.counts import count_parameters
 from moe.initial import draw
 from moe.routers.topk import TopKConfig

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from formulas import rms_norm, turn
-from moe.blocks.attention import Attention
+from moe.blocks.attention import Attention, attend
 from moe.blocks.cache import KeyValueCache, LayerCache
 from moe.blocks.rope import rotation
 from tiny import assert_near
@@ -122,3 +122,23 @@ def test_no_sequence_and_one_token_pass(shape):
     if shape[1] == 1:  # a token that sees itself only: the value, whatever the scores
         value = attention.v_proj(x).reshape(2, 1, 2, 6).repeat_interleave(2, dim=2)
         assert_near(y, attention.o_proj(value.flatten(2)), 1e-6)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("num_past", [0, 2])
+def test_nothing_before_the_first_token_is_seen_and_padding_sees_itself_alone(window, num_past):
+    B, H, S, d = 3, 2, 7, 4
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(B, H, S, d, generator=generator) for _ in range(3))
+    first_B, cache = torch.tensor([0, 4, 6]), None
+    if num_past:
+        cache = LayerCache(max_length=S)
+        cache.append(key[:, :, :num_past], value[:, :, :num_past])
+    new = [tensor[:, :, num_past:] for tensor in (query, key, value)]
+    y_BSHd = attend(*new, cache, window=window, first_B=first_B).unflatten(2, (H, d))
+    for b, s, h in itertools.product(range(B), range(num_past, S), range(H)):
+        start = max(int(first_B[b]), s - window + 1 if window else 0)
+        places = range(start, s + 1) if s >= first_B[b] else [s]
+        scores = torch.stack([query[b, h, s] @ key[b, h, p] / d**0.5 for p in places])
+        expected = torch.softmax(scores, 0) @ torch.stack([value[b, h, p] for p in places])
+        torch.testing.assert_close(y_BSHd[b, s - num_past, h], expected)

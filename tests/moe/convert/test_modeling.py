@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
+from moe.balance.statistics import collect
 from moe.blocks.chain import ChainConfig
 from moe.convert.modeling import MoeConfig, MoeForCausalLM, to_transformers
 from moe.routers.cross_layer import ReuseConfig
@@ -26,9 +28,25 @@ FORMS = {
     "cross-layer": {"reuse": ReuseConfig(group_size=2), "tie_word_embeddings": True},
 }
 
+LATENT = {
+    "num_key_value_heads": 4,
+    "head_dim": 0,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 6,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 2,
+    "v_head_dim": 6,
+}
+PADDED_FORMS = {
+    **FORMS,
+    "window and sinks": {"sliding_window": 4, "full_attention_interval": 2, "attention_sinks": True},
+    "window": {"sliding_window": 3},
+    "latent": LATENT,
+}
+
 
 def model_of(form: str) -> MoeForCausalLM:
-    model = to_transformers(tiny_model(tiny_config(**FORMS[form]), seed=3), eos_token_id=None, pad_token_id=0)
+    model = to_transformers(tiny_model(tiny_config(**PADDED_FORMS[form]), seed=3), eos_token_id=None, pad_token_id=0)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.add_(0.01 if "bias" in name else 0.3)
@@ -107,16 +125,81 @@ def test_generation_with_a_cache_equals_generation_without(form):
     assert beams.shape == (2, 13)
 
 
-def test_padding_to_the_right_changes_nothing_and_to_the_left_is_refused():
+def test_padding_to_the_right_changes_nothing_and_within_a_text_is_refused():
     model, tokens = model_of("top-k"), tiny_tokens(2, 9)
     mask = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
     padded = model(tokens, attention_mask=mask).logits
     torch.testing.assert_close(padded[0], model(tokens[:1]).logits[0])
     torch.testing.assert_close(padded[1, :5], model(tokens[1:, :5]).logits[0])
-    with pytest.raises(ValueError, match="padding before text"):
-        model(tokens, attention_mask=mask.flip(1))
+    with pytest.raises(ValueError, match="padding between tokens"):
+        model(tokens, attention_mask=torch.tensor([[1] * 9, [1] * 5 + [0] * 3 + [1]]))
+    with pytest.raises(ValueError, match="one flag per token"):
+        model(tokens, attention_mask=mask[:, 1:])
     with pytest.raises(ValueError, match="input_ids only"):
         model(inputs_embeds=torch.zeros(1, 2, 20))
+
+
+PROMPT_LENGTHS = (2, 9, 5, 1)
+
+
+def padded_to_the_left() -> tuple[list[Tensor], Tensor, Tensor]:
+    """Texts of unequal length, the same as one batch, and its mask. Padding is a token that texts use too."""
+    width = max(PROMPT_LENGTHS)
+    texts = [tiny_tokens(1, length, seed=length) for length in PROMPT_LENGTHS]
+    batch = torch.cat([torch.nn.functional.pad(text, (width - text.shape[1], 0), value=7) for text in texts])
+    mask = torch.cat([torch.arange(width)[None] >= width - text.shape[1] for text in texts])
+    return texts, batch, mask.long()
+
+
+@pytest.mark.parametrize("form", PADDED_FORMS)
+def test_a_batch_padded_to_the_left_generates_as_its_prompts_do_one_by_one(form):
+    model = model_of(form)
+    texts, batch, mask = padded_to_the_left()
+    answers = model.generate(batch, attention_mask=mask, max_new_tokens=14, do_sample=False)
+    for text, answer in zip(texts, answers, strict=True):
+        alone = model.generate(text, attention_mask=torch.ones_like(text), max_new_tokens=14, do_sample=False)
+        assert answer[-14:].tolist() == alone[0, -14:].tolist()
+    # without positions and cache too
+    logits = model(batch, attention_mask=mask, use_cache=False).logits
+    for text, own in zip(texts, logits, strict=True):
+        torch.testing.assert_close(own[-text.shape[1] :], model(text).logits[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["top-k", "dynamic confidence", "zero experts", "chain", "cross-layer"])
+def test_padding_to_the_left_is_neither_dispatched_nor_counted(form):
+    model = model_of(form)
+    texts, batch, mask = padded_to_the_left()
+    seen = []
+    model.model.register_forward_hook(lambda _module, _arguments, output: seen.append(output[1]))
+    model(batch, attention_mask=mask)
+    (padded,) = seen
+    alone = [model.model(text)[1] for text in texts]
+    for routing in padded:
+        is_row = routing.assignment.expert_N < routing.assignment.num_experts
+        assert mask.flatten()[routing.assignment.token_N[is_row]].all()
+    counted = [collect(own).tokens_per_expert_LE for own in alone]
+    assert collect(padded, num_sequences=len(texts)).tokens_per_expert_LE.equal(sum(counted))
+
+
+def test_training_on_texts_padded_to_the_left_has_their_gradients_with_recomputation_too():
+    texts, batch, mask = padded_to_the_left()
+    # padding predicts nothing, and nothing predicts the first token of a text
+    labels = batch.masked_fill(mask.cumsum(1) < 2, -100)
+    gradients = []
+    for is_recomputed in (False, True):
+        model = model_of("window and sinks").train()
+        if is_recomputed:
+            model.gradient_checkpointing_enable()
+        model(batch, attention_mask=mask, labels=labels).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    model = model_of("window and sinks").train()
+    total = sum(PROMPT_LENGTHS) - len(PROMPT_LENGTHS)
+    for text in texts:
+        if text.shape[1] > 1:
+            (model(text, labels=text).loss * (text.shape[1] - 1) / total).backward()
+    for parameter, *found in zip(model.parameters(), *gradients, strict=True):
+        for gradient in found:
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_the_trainer_trains_it_with_recomputation_and_losses_on_routing(tmp_path):
