@@ -47,9 +47,9 @@ class Options:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     home: Path = Path("runs/studies")
-    steps: int = 200
+    steps: int = 150
     """Of each branch."""
-    tokens: int = 100_000
+    tokens: int = 50_000
     """Of each domain, for the router."""
     record: bool = True
 

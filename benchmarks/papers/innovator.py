@@ -33,7 +33,7 @@ from moe.upcycle.run import plan, upcycle
 
 GENERAL, DISCIPLINES = "prose", ("python", "maths", "cpp")
 GRANULARITY = 4
-EXPERT_STEPS, WARMUP_STEPS, JOINT_STEPS = 150, 100, 200
+EXPERT_STEPS, WARMUP_STEPS, JOINT_STEPS = 100, 100, 150
 MIXTURE = {GENERAL: 0.3, **dict.fromkeys(DISCIPLINES, 0.7 / 3)}
 ROUTER = ("*.router.*", "*.sigmoid_gate.*")
 
@@ -119,7 +119,7 @@ def stages(lab: Lab, seed: int) -> dict[str, Path]:
         config,
         router="ridge",
         texts=tuple(f"builtin:{name}" for name in DISCIPLINES),
-        text_tokens=100_000,
+        text_tokens=50_000,
         text_length=BATCH.sequence_length,
         cache_dir=str(lab.home / "data"),
     )

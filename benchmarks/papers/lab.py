@@ -25,9 +25,9 @@ from moe.train.evaluate import evaluate
 from moe.train.optimizer import OptimizerConfig
 from moe.train.schedule import ScheduleConfig, TrainerConfig
 
-BATCH = BatchConfig(global_sequences=16, micro_sequences=16, sequence_length=128)
+BATCH = BatchConfig(global_sequences=8, micro_sequences=8, sequence_length=128)
 BYTES = 1_500_000  # of each domain
-EVALUATED = 32  # sequences of each domain
+EVALUATED = 24  # sequences of each domain
 DENSE = ModelConfig(
     vocab_size=1024,
     hidden_size=96,
@@ -88,7 +88,7 @@ class Lab:
             optimizer=OptimizerConfig(learning_rate=learning_rate, trainable=trainable),
             schedule=ScheduleConfig(warmup_steps=20),
             trainer=TrainerConfig(
-                steps=steps, log_every=25, eval_every=25, eval_sequences=EVALUATED, save_every=0, keep_checkpoints=1
+                steps=steps, log_every=50, eval_every=50, eval_sequences=EVALUATED, save_every=0, keep_checkpoints=1
             ),
             **changes,
         )
