@@ -24,14 +24,14 @@ help:
 	@echo "make setup    only find a Python, make .venv and install into it"
 	@echo "make clean    remove .venv and caches; runs/ and data/ stay"
 	@echo
-	@echo 'ARGS="..." is added to the command: make train ARGS="--trainer.steps 50", make test ARGS="-n0 -k router"'
+	@echo 'ARGS="..." is added to the command: make train ARGS="--trainer.steps 50", make test ARGS="-k router"'
 	@echo "PYTHON=...  names the interpreter (>= 3.11), TORCH=torch==... the build of torch; both count when .venv is made"
 
 train: $(INSTALLED)
 	.venv/bin/python recipes/quickstart.py $(ARGS)
 
 test: $(INSTALLED)
-	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	.venv/bin/python -m pytest $(ARGS)
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .

@@ -19,6 +19,7 @@ import numpy
 import pytest
 import torch
 
+from background import Background
 from moe.data.prepare import prepare
 from pool import Pool
 from runs import copy_data, small_recipe
@@ -28,18 +29,31 @@ SEED = 1234
 torch.set_num_threads(1)
 
 
-# what keeps a core busy for minutes begins first, beside tests that mostly wait for one another's processes
-FIRST = ("test_interpreter.py", "test_compiled.py", "test_house.py")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` on a machine without one; -ra lists them with the reason. And see FIRST."""
-    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+    """Skip the tests marked `gpu` on a machine without one; -ra lists them with the reason."""
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start what the collected modules have running beside the tests; see background.py."""
+    if not session.config.option.collectonly:
+        for background in _backgrounds(session):
+            background.start()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """End what nobody waited for."""
+    for background in _backgrounds(session):
+        background.clean()
+
+
+def _backgrounds(session: pytest.Session) -> list[Background]:
+    modules = {item.path: getattr(item, "module", None) for item in session.items}
+    return [background for module in modules.values() for background in getattr(module, "BACKGROUND", [])]
 
 
 @pytest.fixture(autouse=True)

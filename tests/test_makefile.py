@@ -69,8 +69,7 @@ EVERYTHING = "pip -qq --editable .[dev]"
 
 def test_fresh_machine_is_set_up_once(machine: Machine) -> None:
     assert machine.make("test").returncode == 0
-    suite = "-m pytest -n 2 --dist loadfile"
-    assert machine.asked() == ["venv by python3", "pip -qq torch==2.13.0+cpu", EVERYTHING, suite]
+    assert machine.asked() == ["venv by python3", "pip -qq torch==2.13.0+cpu", EVERYTHING, "-m pytest"]
     assert machine.make("train", "ARGS=--trainer.steps 3").returncode == 0
     assert machine.asked() == ["recipes/quickstart.py --trainer.steps 3"]
 

@@ -167,13 +167,8 @@ def study(lab: Lab, seed: int, options: Options, work: Path) -> list[Row]:
         "parent's rest": lab.losses(models["kept"]),
         "third added": lab.losses(models["added"]),
     }
-    rights = {
-        "ridge": models["ridge"],
-        "ridge-2": models["ridge-2"],
-        "random": random,
-        "parent's rest": models["kept"],
-        "third added": models["added"],
-    }
+    routed = {name: models[name] for name in ("ridge", "ridge-2")}
+    routed |= {"random": random, "parent's rest": models["kept"], "third added": models["added"]}
     own = {name: losses[f"branch {name}"][name] for name in DOMAINS}
     return [
         Row(
@@ -184,7 +179,7 @@ def study(lab: Lab, seed: int, options: Options, work: Path) -> list[Row]:
             **{name: round(found[name], 4) for name in DOMAINS},
             loss=round(statistics.mean(found[name] for name in DOMAINS), 4),
             kept=round(100 * statistics.mean(math.exp(own[name] - found[name]) for name in DOMAINS), 2),
-            routed_right=round(routed_right(lab, rights[variant]), 4) if variant in rights else math.nan,
+            routed_right=round(routed_right(lab, routed[variant]), 4) if variant in routed else math.nan,
         )
         for variant, found in losses.items()
     ]

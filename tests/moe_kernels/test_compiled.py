@@ -1,33 +1,48 @@
 """What the compiler makes of the kernels for GPUs that are not here: no spills, matrix instructions, wide loads, TMA.
 
-Compiling takes the better part of this file's time; it runs in processes of its own, since the interpreter and the
+Compiling takes minutes; it begins when the tests are collected, in processes of its own, since the interpreter and the
 compiler exclude each other within one.
 """
 
 import json
 import os
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from background import ROOT, Background
 from moe_kernels.tiles import SAFE, table
 
-ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 MATRIX_KERNELS = {"experts_fwd_up", "grouped_matmul_fwd", "experts_bwd_down", "grouped_matmul_bwd_weight"}
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> list[dict]:
-    path = tmp_path_factory.mktemp("compiled") / "rows.json"
+ROWS = Path(tempfile.gettempdir()) / f"compiled-kernels-{os.getpid()}.json"
+
+
+def background() -> Background:
+    """Return the inspection as a command that writes ROWS."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels", "benchmarks"))
-    command = [sys.executable, str(ROOT / "benchmarks/inspect_kernels.py"), "--json-path", str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert path.exists(), done.stdout + done.stderr
-    return json.loads(path.read_text())
+    command = [sys.executable, str(ROOT / "benchmarks/inspect_kernels.py"), "--json-path", str(ROWS)]
+    return Background(command, environment=environment)
+
+
+INSPECTION = background()
+BACKGROUND = [INSPECTION]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    _, output = INSPECTION.result(timeout_s=1800)
+    try:
+        return json.loads(ROWS.read_text())
+    except FileNotFoundError:
+        pytest.fail(output)
+    finally:
+        ROWS.unlink(missing_ok=True)
 
 
 def test_no_kernel_breaks_a_rule(rows):

@@ -1,24 +1,22 @@
 """The Triton kernels on a CPU: nested runs of pytest in which Triton interprets kernels and compiles nothing.
 
 Triton takes one or the other when a kernel is imported, and this process compiles ahead of time. So the tests in
-interpreted/ run in a process of their own, and beside it those that hold every backend to its promises.
+interpreted/ run in a process of their own, and beside it those that hold every backend to its promises. Both begin when
+the tests are collected.
 """
 
 import importlib.util
 import os
 import re
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
+from background import Background
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
-ROOT = Path(__file__).resolve().parents[2]
 TESTS = "tests/moe_kernels"
 TIMEOUT_S = 1800  # both take about a minute and a half on two quiet cores, and ten times that on a busy machine
 # what every backend promises, but for what takes minutes: large shapes, float64 (the interpreted tests have both) and
@@ -47,47 +45,24 @@ RUNS = {
 }
 
 
-def start(run: Run, log: Path) -> subprocess.Popen[bytes]:
-    """Start the nested run; what it prints goes to `log`."""
+def background(run: Run) -> Background:
+    """Return the nested run as a command."""
     # without the conftest of the whole suite, which imports what takes seconds
-    options = ("-n0", "-p", "no:cacheprovider", f"--confcutdir={TESTS}", "--durations=5")
+    options = ("-p", "no:cacheprovider", f"--confcutdir={TESTS}", "--durations=5")
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", *options, *run.arguments],
-            cwd=ROOT,
-            env={**environment, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+    return Background(
+        [sys.executable, "-m", "pytest", "-q", *options, *run.arguments],
+        environment={**environment, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[int | None, str]]]:
-    """Run all of RUNS at once and give exit code and output of each; None for one that took too long."""
-    folder = tmp_path_factory.mktemp("interpreter")
-    logs = {name: folder / f"{name}.log" for name in RUNS}
-    processes: dict[str, subprocess.Popen[bytes]] = {}
-    deadline = time.monotonic() + TIMEOUT_S
-    try:
-        for name, run in RUNS.items():
-            processes[name] = start(run, logs[name])
-        codes: dict[str, int | None] = {}
-        for name, process in processes.items():
-            try:
-                codes[name] = process.wait(max(deadline - time.monotonic(), 0))
-            except subprocess.TimeoutExpired:
-                codes[name] = None
-        yield {name: (codes[name], logs[name].read_text(errors="replace")) for name in RUNS}
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.wait()
+STARTED = {name: background(run) for name, run in RUNS.items()}
+BACKGROUND = list(STARTED.values()) if importlib.util.find_spec("triton") else []
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_interpreted_kernels_pass(name: str, finished: dict[str, tuple[int | None, str]]) -> None:
-    code, output = finished[name]
+def test_interpreted_kernels_pass(name: str) -> None:
+    code, output = STARTED[name].result(timeout_s=TIMEOUT_S)
     assert code is not None, f"killed after {TIMEOUT_S} s\n{output}"
     assert code == 0, f"exit code {code}\n{output}"
     summary = output.strip().splitlines()[-1]
