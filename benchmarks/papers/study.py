@@ -5,6 +5,7 @@ Rows go to benchmarks/results/NAME.csv, training curves to NAME_curves.csv besid
 
 import csv
 import dataclasses
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -96,6 +97,8 @@ def show(console: Console, title: str, rows: list[Any], baseline: str) -> None:
 
 
 def spread(rows: list[Any], variant: str, figure: str) -> str:
-    """Return mean and standard deviation over seeds."""
+    """Return mean and standard deviation over seeds; a dash where there is nothing to measure."""
     values = [getattr(row, figure) for row in rows if row.variant == variant]
+    if any(math.isnan(value) for value in values):
+        return "-"
     return f"{statistics.mean(values):.3f} +-{statistics.stdev(values) if len(values) > 1 else 0.0:.3f}"
