@@ -2,6 +2,7 @@
 
     moe train runs/NAME/recipe.json    launch again what a run wrote down, with the same overrides as its script
     moe eval RUN                       loss per domain and expert load of the newest checkpoint
+    moe eval RUN --lm-eval TASK.yaml   lm-evaluation-harness on it, with task files of one's own
     moe sample RUN --prompt "def "     text from it
     moe import-hf DIR OUT              a folder of transformers as a model folder of ours
     moe upcycle DIR OUT --num-experts 8   a dense model as an MoE, a model folder
@@ -9,7 +10,7 @@
     moe export-hf RUN OUT --verify     a checkpoint of ours as a folder that plain transformers loads
     moe doctor                         what this machine can run, and what is missing with its install line
 
-A RUN is the folder of a run, or of one of its checkpoints; sample and export-hf take model folders too.
+A RUN is the folder of a run, or of one of its checkpoints; sample, export-hf and --lm-eval take model folders too.
 """
 
 import sys
@@ -29,6 +30,7 @@ from moe.checkpoint import (
     load_weights,
     newest_checkpoint,
     open_model_folder,
+    write_text_atomic,
 )
 from moe.config import ModelConfig
 from moe.convert import ConversionError
@@ -60,16 +62,20 @@ def train(args: list[str]) -> None:
     run_recipe(read_recipe(Path(args[0])), args=args[1:])
 
 
-def eval_run(run: Run, /, *, sequences: int = 64) -> None:
-    """Print loss, perplexity and bits per byte of each domain.
+def eval_run(run: Run, /, *, sequences: int = 64, lm_eval: tuple[Path, ...] = ()) -> None:
+    """Print loss, perplexity and bits per byte of each domain, or what lm-evaluation-harness finds.
 
     Args:
-        run: folder of a run or of a checkpoint.
+        run: folder of a run or of a checkpoint; with --lm-eval, of a model too.
         sequences: of each domain, from its held-out text.
+        lm_eval: YAML files of tasks of lm-evaluation-harness, to run in place of the domains.
     """
     if sequences < 1:
         raise RecipeError(f"--sequences {sequences} must be at least 1")
     opened = open_model(run)
+    if lm_eval:
+        run_lm_eval(opened, lm_eval)
+        return
     recipe, reader = opened.recipe, opened.reader
     if recipe is None:
         raise RecipeError(f"{run} has no recipe, so no data to evaluate on; train from it first (init_from)")
@@ -105,6 +111,22 @@ def eval_run(run: Run, /, *, sequences: int = 64) -> None:
         moe_layers=recipe.model.routing_names,
     )
     print_evaluation(report, Console(highlight=False))
+
+
+def run_lm_eval(opened: "OpenedModel", tasks: tuple[Path, ...]) -> None:
+    """Print the table of lm-evaluation-harness and write its JSON into `lm_eval/` of the run or model folder."""
+    from moe.convert.harness import run_harness
+
+    try:
+        result = run_harness(opened.load(), opened.tokenizer_dir, tasks)
+    except (ValueError, ImportError) as error:
+        raise RecipeError(str(error)) from error
+    checkpoint = opened.reader.path
+    names = "+".join(task.stem for task in tasks)
+    file = checkpoint.parent.parent / "lm_eval" / f"{checkpoint.name}_{names}.json"
+    file.parent.mkdir(exist_ok=True)
+    write_text_atomic(file, result.json)
+    print(f"{checkpoint}\n{result.table}\n{file}")
 
 
 def sample(

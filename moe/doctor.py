@@ -58,6 +58,7 @@ PACKAGES = (
     Package(name="triton", use="expert kernels on GPUs"),
     Package(name="wandb", use="metrics in Weights & Biases"),
     Package(name="datasets", use="text in Hugging Face dataset folders"),
+    Package(name="lm_eval", use="moe eval --lm-eval", remedy='pip install "moe-train[lm-eval]"'),
     Package(
         name="megablocks",
         use="the backend of that name",

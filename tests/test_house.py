@@ -30,6 +30,7 @@ HOMES = {
     "deepspeed": ("moe/train/engine.py", "moe/train/adoption.py"),
     "transformers": ("moe/convert/", "moe/data/"),
     "wandb": ("moe/train/tracker.py",),
+    "lm_eval": ("moe/convert/harness.py",),
 }
 MAX_LINES_PER_FILE = 400
 MAX_LINES_PER_FUNCTION = 80
@@ -158,7 +159,7 @@ def test_moe_kernels_imports_nothing_beyond_torch_and_triton() -> None:
 
 
 def test_importing_moe_leaves_the_heavy_libraries_alone() -> None:
-    heavy = ("deepspeed", "transformers", "wandb", "datasets", "matplotlib")
+    heavy = ("deepspeed", "transformers", "wandb", "datasets", "matplotlib", "lm_eval")
     code = f"import sys, moe; print(sorted(set({heavy!r}) & set(sys.modules)))"
     result = run_python("-c", code, PYTHONPATH=str(ROOT / "kernels"))
     assert result.stdout.strip() == "[]", result.stdout + result.stderr

@@ -110,6 +110,7 @@ def attend(
     if not is_plain or is_windowed or sinks_H is not None:
         mask = _seen(num_new, num_past, window, query_BHSd.device, first_B)
     if sinks_H is not None:
+        assert mask is not None
         # one more key, zero, whose score is the sink and whose value is zero: it takes weight and gives nothing
         sink_H11 = sinks_H.to(query_BHSd.dtype)[:, None, None]
         bias_HSP = torch.zeros_like(sink_H11).masked_fill(~mask, float("-inf"))  # [B, H, S, P] with first_B

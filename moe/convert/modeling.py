@@ -267,7 +267,7 @@ class MoeForCausalLM(MoePreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=auxiliary,
             logits=logits_BSV,
-            router_logits=tuple(routing.logits_TE for routing in routings),
+            router_logits=cast(Any, tuple(routing.logits_TE for routing in routings)),
         )
         if cache is not None:
             output[_CACHE_FIELD] = cache

@@ -99,13 +99,11 @@ def resolve_backend(
         raise ValueError(f"backend {name!r} is unknown; known are auto, {', '.join(BACKENDS)}")
     refusals = {}
     for candidate in candidates:
-        # copies beside exported models leave out what needs more than torch
-        is_here = candidate in BACKENDS
-        reason = (
-            BACKENDS[candidate].refusal(device=device, dtype=dtype, widths=widths, spec=spec)
-            if is_here
-            else "its file is not here"
-        )
+        if candidate not in BACKENDS:
+            # a copy beside an exported model leaves out what needs more than torch
+            refusals[candidate] = "its file is not here"
+            continue
+        reason = BACKENDS[candidate].refusal(device=device, dtype=dtype, widths=widths, spec=spec)
         if reason is None:
             passed = "".join(f"; not {other}: {why}" for other, why in refusals.items())
             LOGGER.info("backend %r on %s in %s is %s%s", name, device.type, dtype, candidate, passed)

@@ -106,6 +106,17 @@ def test_the_auto_classes_load_the_folder_by_the_code_in_it(tmp_path, modules_ca
     assert all(torch.equal(value, state[name]) for name, value in again.model.state_dict().items())
 
 
+def test_on_a_gpu_the_code_in_the_folder_knows_a_backend_without_triton(tmp_path, modules_cache):
+    export(model_of("dynamic confidence"), tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    backends = sys.modules[type(loaded).__module__.replace(ENTRY_FILE, "moe_kernels_backends")]
+    assert sorted(backends.BACKENDS) == ["naive", "segments", "torch_grouped"]
+    name, _ = backends.resolve_backend("auto", torch.device("cuda"), torch.float64)
+    assert name in ("torch_grouped", "naive")
+    with pytest.raises(ValueError, match="backend 'triton' is unknown"):
+        backends.resolve_backend("triton", torch.device("cuda"), torch.bfloat16)
+
+
 def test_code_in_the_folder_runs_only_if_trusted_and_not_where_this_package_is_imported(tmp_path, monkeypatch):
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     export(model_of("dynamic confidence"), tmp_path)
