@@ -43,6 +43,7 @@ _HARMLESS = {
     "router_aux_loss_coef", "output_router_logits", "router_jitter_noise", "aux_loss_alpha", "seq_aux", "ep_size",
     "max_window_layers", "num_nextn_predict_layers", "rope_theta", "rope_scaling", "pretraining_tp", "_name_or_path",
     "num_local_experts", "num_experts", "topk_method", "scoring_func", "moe_layer_freq", "head_dim", "num_layers",
+    "partial_rotary_factor",
 }  # fmt: skip
 
 
@@ -272,6 +273,12 @@ def _write_config(
         "rope_theta": config.rope_theta,
     }
     fields |= {"dtype": dtype, "torch_dtype": dtype}
+    rope = fields["rope_parameters"]
+    if rope["rope_type"] != "default":
+        # or transformers 4 would leave positions as they are, and say nothing
+        fields["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if "partial_rotary_factor" in rope:
+        fields["partial_rotary_factor"] = rope["partial_rotary_factor"]
     for one, other in (("num_experts", "num_local_experts"),):
         for name, twin in ((one, other), (other, one)):
             if name in fields and twin not in fields:

@@ -138,7 +138,7 @@ _ALL = (
         architecture="Dots1ForCausalLM",
         config=Dots1Config,
         read=fields.read_dots,
-        write=fields.write_sigmoid,
+        write=fields.write_dots,
         renames=_SIGMOID,
     ),
     Family(
