@@ -6,7 +6,7 @@ reading it again: a model is exported only if it comes back the same. Names of t
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
@@ -31,6 +31,8 @@ class Family:
     turns_pairs: bool = False  # positions turn neighbouring pairs of a head, not its halves (DeepSeek)
     is_gpt_oss: bool = False  # stacks are [E, in, out] with gate and up in turns
     has_unused_experts: bool = False  # fused stacks hold the zero-computation experts too (LongCat)
+    shared_expert: Literal["if any", "always", "always, with gate"] = "if any"
+    """Whether a shared expert of width 0 has tensors."""
 
     @property
     def is_moe(self) -> bool:
