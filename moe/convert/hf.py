@@ -25,7 +25,7 @@ from moe.checkpoint.stream import Entry, split_entries, write_file
 from moe.config import ModelConfig
 from moe.convert import ConversionError
 from moe.convert.families import Family
-from moe.convert.names import FAMILIES, Names, to_ours, to_theirs
+from moe.convert.names import FAMILIES, Names, Part, to_ours, to_theirs
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -236,13 +236,16 @@ def _write_weights(
     dtype = reader.dtype("model/embed_tokens.weight")
     entries += [Entry(name=name, dtype=dtype, shape=shape) for name, shape in names.unused.items()]
 
+    def tensor(name: str, part: Part) -> Tensor:
+        if part.expert is None:
+            ours = part.region(reader.read(name))
+        else:
+            ours = reader.read(name, offset=part.expert, length=1)[0][slice(*part.rows)]
+        return to_theirs(part, ours, config, family).contiguous()
+
     def tensors() -> Iterator[Tensor]:
         for name, part in parts:
-            if part.expert is None:
-                ours = part.region(reader.read(name))
-            else:
-                ours = reader.read(name, offset=part.expert, length=1)[0][slice(*part.rows)]
-            yield to_theirs(part, ours, config, family).contiguous()
+            yield tensor(name, part)
         for shape in names.unused.values():
             yield torch.zeros(shape, dtype=dtype)
 

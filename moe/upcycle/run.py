@@ -97,7 +97,12 @@ class Plan:
         stack = torch.empty(entry.shape, dtype=entry.dtype)
         for e in range(self.target.num_experts):
             made = method.expert(self.config, dense, index=index, expert=e)
-            stack[e] = made.down_DF * scale if is_down else torch.cat((made.gate_FD, made.up_FD))
+            if is_down:
+                stack[e] = made.down_DF * scale
+            else:
+                # halves one by one: the two side by side in float32 would be as large as half of 4 experts
+                stack[e, : len(made.gate_FD)] = made.gate_FD
+                stack[e, len(made.gate_FD) :] = made.up_FD
         return stack
 
     def _dense(self, index: int) -> DenseLayer:
