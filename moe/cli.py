@@ -170,18 +170,21 @@ def sample(
     print(prompt + text)
 
 
-def import_hf(source: Folder, out: Folder, /) -> None:
+def import_hf(source: Folder, out: Folder, /, *, verify: bool = False) -> None:
     """Write a folder of transformers as a model folder: `moe sample`, export, upcycling and recipes start from it.
 
     Args:
         source: folder with config.json and safetensors.
         out: folder to make; must not exist.
+        verify: load both, transformers in a fresh process, and compare logits and 32 greedy tokens.
     """
     from moe.convert.hf import import_hf as convert
 
     config = convert(source, out)
     count = count_parameters(config)
     print(f"{out}: {count.total:,} parameters, {count.active:,} of them active per token")
+    if verify:
+        _verify(source, open_model(out))
 
 
 def upcycle(source: Folder, out: Folder, /, *, config: Annotated[UpcycleConfig, tyro.conf.arg(name="")]) -> None:
@@ -232,7 +235,6 @@ def export_hf(run: Run, out: Folder, /, *, family: str = "auto", verify: bool = 
         verify: load it in a fresh process and compare logits and 32 greedy tokens.
     """
     from moe.convert.hf import export_hf as convert
-    from moe.convert.verify import verify_export
 
     opened = open_model(run)
     exported = convert(opened.config, opened.reader, out, tokenizer_dir=opened.tokenizer_dir, family_name=family)
@@ -242,10 +244,14 @@ def export_hf(run: Run, out: Folder, /, *, family: str = "auto", verify: bool = 
             print("no architecture of transformers expresses this model; --family NAME says what one of them lacks")
         print("its code goes with it: from_pretrained needs trust_remote_code=True")
     if verify:
-        result = verify_export(out, **computed(opened.load()), has_own_code=exported.has_own_code)
-        print(
-            f"verified: logits within {result.difference:.1e} of the largest, {result.num_greedy} greedy tokens equal"
-        )
+        _verify(out, opened, has_own_code=exported.has_own_code)
+
+
+def _verify(folder: Path, opened: "OpenedModel", *, has_own_code: bool = False) -> None:
+    from moe.convert.verify import verify_export
+
+    result = verify_export(folder, **computed(opened.load()), has_own_code=has_own_code)
+    print(f"verified: logits within {result.difference:.1e} of the largest, {result.num_greedy} greedy tokens equal")
 
 
 @torch.no_grad()

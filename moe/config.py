@@ -152,6 +152,7 @@ class ModelConfig:
             values["head_dim"] = self.attention_head_dim
         if not self.capacity.factor:
             values["capacity"] = CapacityConfig()
+        values["rope_scaling"] = self.rope_scaling.meaning()
         values["router"] = self.router.meaning() if self.num_experts else None
         return {**values, "moe_layers": self.moe_layers}
 

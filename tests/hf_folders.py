@@ -1,4 +1,4 @@
-"""Folders that transformers itself wrote: small models of every family, trained a little."""
+"""Folders that transformers itself wrote: small models of every family, trained a little; and what becomes of them."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from moe.checkpoint import CheckpointReader, load_weights, read_model_config
+from moe.convert.families import Family
+from moe.convert.hf import export_hf
 from moe.convert.names import FAMILIES
+from moe.model import Model
+from moe.parallel.groups import ParallelGroups
 
 SMALL = {
     "vocab_size": 61,
@@ -98,7 +103,37 @@ def make_model(family: str, *, steps: int = 20, seed: int = 0, **changes: Any):
     return model.eval()
 
 
-def save(model, folder: Path, *, shard: str = "5GB", dtype: torch.dtype = torch.float32) -> Path:
-    """Write the model as its users do."""
-    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+def save(
+    model, folder: Path, *, shard: str = "5GB", dtype: torch.dtype = torch.float32, is_fused: bool = False
+) -> Path:
+    """Write the model as its users do; `is_fused` with the experts of a layer in one tensor."""
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard, save_original_format=not is_fused)
     return folder
+
+
+def load(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Return the model in plain transformers, float32, and which keys it found."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        output_loading_info=True,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+
+
+def reader_of(folder: Path) -> CheckpointReader:
+    """Return the weights in a model folder of ours."""
+    return CheckpointReader.open(folder / "checkpoints/step_00000000")
+
+
+def model_of(folder: Path, dtype: torch.dtype = torch.float32) -> Model:
+    """Return the model in a model folder of ours."""
+    model = Model(read_model_config(folder), groups=ParallelGroups.single()).to(dtype)
+    load_weights(model, reader_of(folder))
+    return model.eval()
+
+
+def export(folder: Path, out: Path, **arguments: Any) -> Family:
+    """Export a model folder of ours."""
+    return export_hf(read_model_config(folder), reader_of(folder), out, tokenizer_dir=folder / "tokenizer", **arguments)

@@ -4,13 +4,15 @@
     (x_i, x_{i+d/2}) turns by angle_i
 
 YaRN (arXiv 2309.00071) stretches a trained range of positions: pairs that turn often keep their f_i, slow ones get
-f_i / factor, those between a mixture.
+f_i / factor, those between a mixture. Llama 3.1 (arXiv 2407.21783) does so too, and mixes by how often a pair turns,
+not by its index.
 
 Letters: d width of a head, c = d/2 pairs.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,12 +20,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """YaRN, with Hugging Face's names. A factor of 1 leaves everything as it is."""
+    """YaRN or Llama 3.1, with Hugging Face's names. A factor of 1 leaves everything as it is."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
+    rope_type: Literal["yarn", "llama3"] = "yarn"
     factor: float = 1.0  # how many times as many positions
     original_max_position_embeddings: int = 0  # the trained range
+    low_freq_factor: float = 1.0  # llama3: a pair that turns less often over the trained range gets the whole factor
+    high_freq_factor: float = 4.0  # llama3: one that turns more often keeps its frequency
+    # the fields below are YaRN's
     beta_fast: float = 32.0  # a pair that turns more often than this over the trained range keeps its frequency
     beta_slow: float = 1.0  # one that turns less often is slowed by the whole factor
     truncate: bool = True  # the bounds between pairs are whole numbers (not in GPT-OSS)
@@ -44,6 +50,27 @@ class RopeScaling:
                 f"model.rope_scaling.beta_slow = {self.beta_slow} and beta_fast = {self.beta_fast} must be positive, "
                 "the second larger"
             )
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"model.rope_scaling.low_freq_factor = {self.low_freq_factor} and high_freq_factor = "
+                f"{self.high_freq_factor} must be positive, the second larger"
+            )
+
+    def meaning(self) -> "RopeScaling":
+        """Return the same scaling with the fields that it does not read at their defaults."""
+        plain = RopeScaling()
+        if self.factor == 1:
+            return plain
+        if self.rope_type == "yarn":
+            return replace(self, low_freq_factor=plain.low_freq_factor, high_freq_factor=plain.high_freq_factor)
+        return replace(
+            plain,
+            rope_type=self.rope_type,
+            factor=self.factor,
+            original_max_position_embeddings=self.original_max_position_embeddings,
+            low_freq_factor=self.low_freq_factor,
+            high_freq_factor=self.high_freq_factor,
+        )
 
     @property
     def amplitude(self) -> float:
@@ -58,20 +85,31 @@ class RopeScaling:
         return self._magnitude(self.mscale_all_dim) ** 2
 
     def _magnitude(self, mscale: float) -> float:
+        if self.rope_type == "llama3":
+            return 1.0
         return 0.1 * mscale * math.log(self.factor) + 1.0
 
     def stretched(self, frequency_c: Tensor, *, theta: float) -> Tensor:
         """Return the frequencies after scaling, float32."""
         if self.factor == 1:
             return frequency_c
+        if self.rope_type == "llama3":
+            turns_c = self.original_max_position_embeddings * frequency_c / (2 * math.pi)
+            kept_c = (turns_c - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+            share_c = 1 - kept_c.clamp(0, 1)
+        else:
+            share_c = self._share_of_pairs(frequency_c, theta)
+        return frequency_c / self.factor * share_c + frequency_c * (1 - share_c)
+
+    def _share_of_pairs(self, frequency_c: Tensor, theta: float) -> Tensor:
+        """Return how much of the slowed frequency each pair gets by YaRN, 0 to 1."""
         first, last = (self._pair_that_turns(beta, frequency_c, theta) for beta in (self.beta_fast, self.beta_slow))
         if self.truncate:
             first, last = math.floor(first), math.ceil(last)
         # both bounds as transformers clamps them: the last one to a feature, not to a pair
         first, last = max(first, 0), min(last, 2 * len(frequency_c) - 1)
         pair_c = torch.arange(len(frequency_c), dtype=torch.float32, device=frequency_c.device)
-        share_c = ((pair_c - first) / (last - first or 0.001)).clamp(0, 1)
-        return frequency_c / self.factor * share_c + frequency_c * (1 - share_c)
+        return ((pair_c - first) / (last - first or 0.001)).clamp(0, 1)
 
     def _pair_that_turns(self, times: float, frequency_c: Tensor, theta: float) -> float:
         """Return the index i, not rounded, of the pair that turns so often over the trained range."""

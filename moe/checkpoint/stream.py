@@ -87,6 +87,7 @@ def write_file(path: Path, entries: list[Entry], tensors: Iterator[Tensor], *, m
             raw: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             file.write(raw)
             digest.update(raw)
+            del tensor, raw  # or it would stay while the next one is made
     fsync_file(path)
     return FileRecord(bytes=path.stat().st_size, sha256=digest.hexdigest())
 

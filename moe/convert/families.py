@@ -6,7 +6,7 @@ reading it again: a model is exported only if it comes back the same. Names of t
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
@@ -31,6 +31,8 @@ class Family:
     turns_pairs: bool = False  # positions turn neighbouring pairs of a head, not its halves (DeepSeek)
     is_gpt_oss: bool = False  # stacks are [E, in, out] with gate and up in turns
     has_unused_experts: bool = False  # fused stacks hold the zero-computation experts too (LongCat)
+    shared_expert: Literal["if any", "always", "always, with gate"] = "if any"
+    """Whether a shared expert of width 0 has tensors."""
 
     @property
     def is_moe(self) -> bool:
@@ -61,7 +63,10 @@ class Family:
         config = ModelConfig(**{**common, **self.read(theirs)})
         if config.head_dim * heads == config.hidden_size:
             config = replace(config, head_dim=0)
-        config.validate()
+        try:
+            config.validate()
+        except ValueError as error:
+            raise ConversionError(f"{self.model_type}: {error}") from error
         return config
 
     def to_theirs(self, config: ModelConfig) -> PreTrainedConfig:
@@ -105,29 +110,46 @@ def expect(theirs: Any, **values: Any) -> None:
             raise ConversionError(f"{theirs.model_type}: {name} = {found!r}; this framework has {value!r} only")
 
 
-_YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim")
+# fields of rope_parameters that are read, by type
+_ROPE = {
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "truncate",
+        "mscale",
+        "mscale_all_dim",
+    ),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+_ANY_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "attention_factor")
 
 
 def _read_rope(theirs: Any) -> RopeScaling:
     """Return how positions are stretched. Raises ConversionError for a way that our model does not have."""
     rope = dict(theirs.rope_parameters or {})
     kind, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
-    if kind not in ("default", "yarn") or share != 1.0 or rope.get("attention_factor") is not None:
+    is_known = kind == "default" or (kind in _ROPE and set(rope) <= {*_ROPE[kind], *_ANY_ROPE})
+    if not is_known or share != 1.0 or rope.get("attention_factor") is not None:
         raise ConversionError(
-            f"{theirs.model_type}: rope_parameters = {rope}; this framework turns whole heads, by plain frequencies or "
-            "by YaRN with its own amplitude"
+            f"{theirs.model_type}: rope_parameters = {rope}; this framework turns whole heads, by plain frequencies, "
+            "by YaRN with its own amplitude, or as Llama 3.1"
         )
     if kind == "default":
         return RopeScaling()
-    given = {name: rope[name] for name in _YARN if rope.get(name) is not None}
-    return RopeScaling(**{"original_max_position_embeddings": theirs.max_position_embeddings, **given})
+    given = {name: rope[name] for name in _ROPE[kind] if rope.get(name) is not None}
+    return RopeScaling(
+        **{"rope_type": kind, "original_max_position_embeddings": theirs.max_position_embeddings, **given}
+    )
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
     """Return rope_parameters of transformers."""
-    if config.rope_scaling.factor == 1:
+    scaling = config.rope_scaling
+    if scaling.factor == 1:
         return {"rope_type": "default", "rope_theta": config.rope_theta}
-    values = {name: getattr(config.rope_scaling, name) for name in _YARN}
-    if not values["mscale"] and not values["mscale_all_dim"]:
-        del values["mscale"], values["mscale_all_dim"]
-    return {"rope_type": "yarn", "rope_theta": config.rope_theta, **values}
+    values = {name: getattr(scaling, name) for name in _ROPE[scaling.rope_type]}
+    if not values.get("mscale") and not values.get("mscale_all_dim"):
+        values = {name: value for name, value in values.items() if not name.startswith("mscale")}
+    return {"rope_type": scaling.rope_type, "rope_theta": config.rope_theta, **values}

@@ -220,7 +220,15 @@ def write_glm(config: ModelConfig) -> dict[str, Any]:
 def read_dots(c: Any) -> dict[str, Any]:
     """dots.llm1: DeepSeek's routing, norms on heads."""
     expect(c, attention_bias=False)
+    if "sliding_attention" in c.layer_types:
+        raise ConversionError(f"dots1: layer_types = {c.layer_types}; every layer must see everything")
     return {**read_sigmoid(c), "qk_norm": "head", "sliding_window": 0}
+
+
+def write_dots(config: ModelConfig) -> dict[str, Any]:
+    """dots.llm1."""
+    # its own default gives a window to the layers after the 62nd
+    return {**write_sigmoid(config), "sliding_window": None}
 
 
 def _alternating(num_layers: int) -> list[str]:
@@ -229,6 +237,7 @@ def _alternating(num_layers: int) -> list[str]:
 
 def read_gpt_oss(c: Any) -> dict[str, Any]:
     """GPT-OSS: biases everywhere, sinks, a window in every second layer."""
+    expect(c, swiglu_alpha=1.702, swiglu_limit=7.0)
     if list(c.layer_types) != _alternating(c.num_hidden_layers):
         raise ConversionError(f"gpt_oss: layer_types = {c.layer_types}; every second layer must see everything")
     return {

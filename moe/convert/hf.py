@@ -23,7 +23,7 @@ from moe.config import ModelConfig
 from moe.convert import ConversionError
 from moe.convert.families import Family
 from moe.convert.folder import appearing, copy_tokenizer, special_ids, write_shards
-from moe.convert.names import FAMILIES, Names, to_ours, to_theirs
+from moe.convert.names import FAMILIES, Names, Part, to_ours, to_theirs
 from moe.convert.portable import ARCHITECTURE, MODEL_TYPE, export_portable
 
 # keys of a config.json that change no number in a forward pass of ours
@@ -32,6 +32,7 @@ _HARMLESS = {
     "router_aux_loss_coef", "output_router_logits", "router_jitter_noise", "aux_loss_alpha", "seq_aux", "ep_size",
     "max_window_layers", "num_nextn_predict_layers", "rope_theta", "rope_scaling", "pretraining_tp", "_name_or_path",
     "num_local_experts", "num_experts", "topk_method", "scoring_func", "moe_layer_freq", "head_dim", "num_layers",
+    "partial_rotary_factor",
 }  # fmt: skip
 
 
@@ -246,13 +247,16 @@ def _write_weights(
     dtype = reader.dtype("model/embed_tokens.weight")
     entries += [Entry(name=name, dtype=dtype, shape=shape) for name, shape in names.unused.items()]
 
+    def tensor(name: str, part: Part) -> Tensor:
+        if part.expert is None:
+            ours = part.region(reader.read(name))
+        else:
+            ours = reader.read(name, offset=part.expert, length=1)[0][slice(*part.rows)]
+        return to_theirs(part, ours, config, family).contiguous()
+
     def tensors() -> Iterator[Tensor]:
         for name, part in parts:
-            if part.expert is None:
-                ours = part.region(reader.read(name))
-            else:
-                ours = reader.read(name, offset=part.expert, length=1)[0][slice(*part.rows)]
-            yield to_theirs(part, ours, config, family).contiguous()
+            yield tensor(name, part)
         for shape in names.unused.values():
             yield torch.zeros(shape, dtype=dtype)
 
@@ -272,6 +276,12 @@ def _write_config(
         "rope_theta": config.rope_theta,
     }
     fields |= {"dtype": dtype, "torch_dtype": dtype}
+    rope = fields["rope_parameters"]
+    if rope["rope_type"] != "default":
+        # or transformers 4 would leave positions as they are, and say nothing
+        fields["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if "partial_rotary_factor" in rope:
+        fields["partial_rotary_factor"] = rope["partial_rotary_factor"]
     for one, other in (("num_experts", "num_local_experts"),):
         for name, twin in ((one, other), (other, one)):
             if name in fields and twin not in fields:

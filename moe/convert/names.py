@@ -108,6 +108,7 @@ _ALL = (
         config=Qwen2MoeConfig,
         read=fields.read_qwen_moe,
         write=fields.write_qwen2_moe,
+        shared_expert="always, with gate",
     ),
     Family(
         model_type="qwen3_moe",
@@ -124,6 +125,7 @@ _ALL = (
         write=fields.write_deepseek,
         renames=_SIGMOID + _LATENT,
         turns_pairs=True,
+        shared_expert="always",
     ),
     Family(
         model_type="glm4_moe",
@@ -132,14 +134,16 @@ _ALL = (
         read=fields.read_glm,
         write=fields.write_glm,
         renames=_SIGMOID,
+        shared_expert="always",
     ),
     Family(
         model_type="dots1",
         architecture="Dots1ForCausalLM",
         config=Dots1Config,
         read=fields.read_dots,
-        write=fields.write_sigmoid,
+        write=fields.write_dots,
         renames=_SIGMOID,
+        shared_expert="always",
     ),
     Family(
         model_type="gpt_oss",
@@ -199,7 +203,7 @@ class Names:
         shapes = {f"model/{name}": parameter.shape for name, parameter in model.named_parameters()}
         shapes |= {f"buffer/{name}": buffer.shape for name, buffer in model.named_buffers()}
         parts = {key: _parts(key, shape, config, family, is_fused) for key, shape in shapes.items()}
-        unused = {} if is_fused else _unused(parts, shapes, config, family)
+        unused = _unused_shared(config, family) | ({} if is_fused else _unused_experts(parts, shapes, config, family))
         return cls(shapes=shapes, parts=parts, unused=unused)
 
     def audit(self, found: set[str], ignored: dict[str, str]) -> None:
@@ -236,12 +240,31 @@ def _parts(key: str, shape: torch.Size, config: ModelConfig, family: Family, is_
         form = "pairs at the end"
     # fused stacks are what transformers holds in memory, where Mixtral has the names of all others
     renames = () if is_fused and family.renames == _MIXTRAL else family.renames
+    return [Part(theirs=_renamed(name, renames), form=form)]
+
+
+def _renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
     for ours, theirs in (*renames, *_COMMON):
         name = name.replace(ours, theirs)
-    return [Part(theirs=name if name.startswith("lm_head.") else f"model.{name}", form=form)]
+    return name if name.startswith("lm_head.") else f"model.{name}"
 
 
-def _unused(
+def _unused_shared(config: ModelConfig, family: Family) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the matrices of shared experts of width 0, where they are in the files."""
+    if family.shared_expert == "if any" or config.shared_expert_intermediate_size:
+        return {}
+    D = config.hidden_size
+    shapes = {"gate_proj": (0, D), "up_proj": (0, D), "down_proj": (D, 0)}
+    if family.shared_expert == "always, with gate":
+        shapes["sigmoid_gate"] = (1, D)
+    return {
+        _renamed(f"layers.{index}.moe.shared_expert.{name}.weight", family.renames): shape
+        for index in config.moe_layers
+        for name, shape in shapes.items()
+    }
+
+
+def _unused_experts(
     parts: dict[str, list[Part]], shapes: dict[str, torch.Size], config: ModelConfig, family: Family
 ) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of the matrices of experts that compute nothing, one by one."""

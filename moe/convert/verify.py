@@ -1,4 +1,4 @@
-"""Verify an export: plain transformers, in a fresh process without a network, against the model it was made from."""
+"""Verify a conversion: plain transformers, in a fresh process without a network, against our model of the same."""
 
 import json
 import os
@@ -73,7 +73,7 @@ class Verification:
 def verify_export(
     folder: Path, *, token_BS: Tensor, logits_BSV: Tensor, greedy: list[int], has_own_code: bool = False
 ) -> Verification:
-    """Load an exported folder in plain transformers and hold it against what the model it was made from computed.
+    """Load a folder in plain transformers and hold it against what our model, its source or its import, computed.
 
     Args:
         token_BS: int64, at least 4 tokens in the first sequence.

@@ -11,7 +11,7 @@ a). K of N experts in N / G groups of G slices:
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from moe.convert.folder import appearing, copy_tokenizer
 from moe.counts import count_parameters
 from moe.initial import draw
 from moe.routers.topk import TopKConfig
-from moe.upcycle import METHODS, DenseLayer, Identity, Method, UpcycleConfig, check_own_options
+from moe.upcycle import METHODS, DenseLayer, Identity, LayerOf, Method, UpcycleConfig, check_own_options
 from moe.upcycle.dense import DenseModel, check_alike, entries_of, open_dense
 from moe.upcycle.fit import Texts, collect
 from moe.upcycle.statistics import FittedRouter, RidgeStatistics
@@ -93,13 +93,19 @@ class Plan:
             elif name.startswith("shared_expert."):
                 yield self._shared(layer_of(index, 0), name.removeprefix("shared_expert."), entry.shape).to(entry.dtype)
             else:
-                stack = torch.empty(entry.shape, dtype=entry.dtype)
-                for e in range(self.target.num_experts):
-                    made = self.method.expert(
-                        self.config, lambda source, index=index: layer_of(index, source), index=index, expert=e
-                    )
-                    stack[e] = self._scaled(made) if name == "experts.down_proj" else _gate_up(made)
-                yield stack
+                yield self._stack(entry, partial(layer_of, index), index=index, is_down=name == "experts.down_proj")
+
+    def _stack(self, entry: Entry, layer_of: LayerOf, *, index: int, is_down: bool) -> Tensor:
+        stack = torch.empty(entry.shape, dtype=entry.dtype)
+        for e in range(self.target.num_experts):
+            made = self.method.expert(self.config, layer_of, index=index, expert=e)
+            if is_down:
+                stack[e] = self._scaled(made)
+            else:
+                # halves one by one: the two side by side in float32 would be as large as half of 4 experts
+                stack[e, : len(made.gate_FD)] = made.gate_FD
+                stack[e, len(made.gate_FD) :] = made.up_FD
+        return stack
 
     def rest(self, name: str) -> Tensor:
         """Return a tensor that is no expert's: the mean of the branches', in the first one's dtype, or the source's."""
@@ -133,10 +139,6 @@ class Plan:
             return (fitted / self.config.temperature).repeat_interleave(G, dim=0)
         rows = draw((shape[0] // G, shape[1]), f"{self.config.seed}/router/{index}") * self.config.router_std
         return rows.repeat_interleave(G, dim=0)
-
-
-def _gate_up(layer: DenseLayer) -> Tensor:
-    return torch.cat((layer.gate_FD, layer.up_FD))
 
 
 def plan(path: Path, config: UpcycleConfig) -> Plan:

@@ -1,5 +1,7 @@
 """Rotary embedding against multiplication of complex numbers in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import GptOssConfig
@@ -52,6 +54,7 @@ def test_float64_is_turned_in_float64():
 
 GPT_OSS = RopeScaling(factor=32.0, original_max_position_embeddings=4096, truncate=False)
 DEEPSEEK = RopeScaling(factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0)
+LLAMA3 = RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=8192)
 
 
 @pytest.mark.parametrize(
@@ -63,15 +66,21 @@ DEEPSEEK = RopeScaling(factor=40.0, original_max_position_embeddings=4096, mscal
         # both bounds on one pair, and beyond the last
         (RopeScaling(factor=4.0, original_max_position_embeddings=8, beta_fast=1.01), 100.0, 8),
         (RopeScaling(factor=4.0, original_max_position_embeddings=10**6, beta_slow=1e-4), 100.0, 8),
+        (LLAMA3, 500000.0, 128),
+        (replace(LLAMA3, factor=32.0, low_freq_factor=1.5, high_freq_factor=3.0), 500000.0, 64),
+        # every pair keeps its frequency, and every pair gets the whole factor
+        (replace(LLAMA3, original_max_position_embeddings=10**6), 100.0, 8),
+        (replace(LLAMA3, original_max_position_embeddings=6), 100.0, 8),
     ],
-    ids=["gpt_oss", "deepseek_v3", "two_magnitudes", "one_bound", "far_bound"],
+    ids=[
+        *("gpt_oss", "deepseek_v3", "two_magnitudes", "one_bound", "far_bound"),
+        *("llama_3_1", "llama3_other_bounds", "llama3_all_fast", "llama3_all_slow"),
+    ],
 )
 def test_scaled_positions_turn_as_in_transformers(scaling, theta, head_dim):
     fields = {name: value for name, value in vars(scaling).items() if value or name == "truncate"}
-    theirs = GptOssConfig(
-        head_dim=head_dim, rope_parameters={"rope_type": "yarn", "rope_theta": theta, **fields}, num_hidden_layers=1
-    )
-    frequency_c, amplitude = ROPE_INIT_FUNCTIONS["yarn"](theirs, torch.device("cpu"))
+    theirs = GptOssConfig(head_dim=head_dim, rope_parameters={"rope_theta": theta, **fields}, num_hidden_layers=1)
+    frequency_c, amplitude = ROPE_INIT_FUNCTIONS[scaling.rope_type](theirs, torch.device("cpu"))
     position = torch.tensor([0, 1, 7, 100, 5000])
     angle = position.float()[:, None] * frequency_c
     cos, sin = rotation(position, head_dim=head_dim, theta=theta, scaling=scaling)
@@ -95,7 +104,14 @@ def test_a_factor_of_one_changes_no_bit():
 def test_deepseek_multiplies_scores_and_not_the_turned():
     assert DEEPSEEK.amplitude == 1
     assert DEEPSEEK.score_factor == pytest.approx(1.3688879**2)
-    assert GPT_OSS.score_factor == 1
+    assert GPT_OSS.score_factor == LLAMA3.score_factor == LLAMA3.amplitude == 1
+
+
+def test_fields_that_a_scaling_does_not_read_are_no_part_of_its_meaning():
+    assert RopeScaling(original_max_position_embeddings=16, beta_fast=9.0).meaning() == RopeScaling()
+    assert replace(LLAMA3, beta_fast=9.0, truncate=False).meaning() == LLAMA3
+    assert replace(DEEPSEEK, low_freq_factor=0.5).meaning() == DEEPSEEK
+    assert replace(LLAMA3, low_freq_factor=0.5).meaning() != LLAMA3
 
 
 @pytest.mark.parametrize(
@@ -104,6 +120,7 @@ def test_deepseek_multiplies_scores_and_not_the_turned():
         ({"factor": 0.5}, "rope_scaling.factor = 0.5 must be at least 1"),
         ({"factor": 4.0}, "stretches the range model.rope_scaling.original_max_position_embeddings"),
         ({"beta_fast": 1.0}, "beta_slow = 1.0 and beta_fast = 1.0 must be positive, the second larger"),
+        ({"low_freq_factor": 4.0}, "low_freq_factor = 4.0 and high_freq_factor = 4.0 must be positive"),
     ],
 )
 def test_bad_scalings_are_refused(fields, message):

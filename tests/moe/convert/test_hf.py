@@ -9,53 +9,30 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from hf_folders import FIELDS, make_model, save
-from moe.checkpoint import CheckpointError, CheckpointReader, load_weights, read_model_config
+from hf_folders import FIELDS, export, load, make_model, model_of, reader_of, save
+from moe.checkpoint import CheckpointError, read_model_config
 from moe.cli import computed
 from moe.convert import ConversionError
-from moe.convert.hf import choose_family, export_hf, import_hf, open_source
+from moe.convert.hf import choose_family, import_hf, open_source
 from moe.convert.names import FAMILIES
 from moe.convert.verify import verify_export
-from moe.model import Model
-from moe.parallel.groups import ParallelGroups
 from moe.presets import coe, mixtral_8x7b
 from moe.sample import generate
-from tiny import assert_near, tiny_config, tiny_tokens
+from tiny import tiny_config, tiny_tokens
 
 PLAIN = {"mlp_only_layers": (), "shared_expert_intermediate_size": 0}
 STRETCHED = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-YARN = {
-    "llama": STRETCHED,
-    "deepseek_v3": {**STRETCHED, "mscale": 1.0, "mscale_all_dim": 1.0},
-    "gpt_oss": {**STRETCHED, "truncate": False},
+LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "original_max_position_embeddings": 32},
+    **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
 }
-CHECKPOINT = "checkpoints/step_00000000"
-
-
-def reader_of(folder) -> CheckpointReader:
-    return CheckpointReader.open(folder / CHECKPOINT)
-
-
-def model_of(folder, dtype: torch.dtype = torch.float32) -> Model:
-    model = Model(read_model_config(folder), groups=ParallelGroups.single()).to(dtype)
-    load_weights(model, reader_of(folder))
-    return model.eval()
-
-
-def export(folder, out, **arguments):
-    return export_hf(read_model_config(folder), reader_of(folder), out, tokenizer_dir=folder / "tokenizer", **arguments)
-
-
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        output_loading_info=True,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        experts_implementation="eager",
-    )
+ROPES = {
+    "llama yarn": STRETCHED,
+    "llama llama3": LLAMA3,
+    "deepseek_v3 yarn": {**STRETCHED, "mscale": 1.0, "mscale_all_dim": 1.0},
+    "gpt_oss yarn": {**STRETCHED, "truncate": False},
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +51,10 @@ def made(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("family", [*FIELDS, *(f"{name} yarn" for name in YARN)])
-def test_an_imported_model_is_the_same_and_its_export_too(made, tmp_path, family):
-    family, _, form = family.partition(" ")
-    folder, theirs = made(family, **({"rope_parameters": YARN[family]} if form else {}))
+@pytest.mark.parametrize("form", [*FIELDS, *ROPES])
+def test_an_imported_model_is_the_same_and_its_export_too(made, tmp_path, form):
+    family = form.split()[0]
+    folder, theirs = made(family, **({"rope_parameters": ROPES[form]} if form in ROPES else {}))
     import_hf(folder, tmp_path / "ours")
     ours, token = model_of(tmp_path / "ours"), tiny_tokens(2, 17, vocab_size=61)
     with torch.no_grad():
@@ -99,33 +76,26 @@ def test_an_imported_model_is_the_same_and_its_export_too(made, tmp_path, family
     assert generate(ours, prompt, max_new_tokens=32, temperature=0.0) == greedy
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "qwen2_moe"])
-@pytest.mark.parametrize("form", ["tied", "sharded", "bf16", "fused"])
-def test_every_form_of_file_is_read(tmp_path, family, form):
-    model = make_model(family, steps=3, tie_word_embeddings=form == "tied")
-    dtype = torch.bfloat16 if form == "bf16" else torch.float32
-    if form == "fused":
-        model.save_pretrained(tmp_path / "hf", save_original_format=False)
-    else:
-        save(model, tmp_path / "hf", shard="20KB" if form == "sharded" else "5GB", dtype=dtype)
-    if form == "sharded":
-        assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
-    import_hf(tmp_path / "hf", tmp_path / "ours")
-    reader, token = reader_of(tmp_path / "ours"), tiny_tokens(2, 9, vocab_size=61)
-    assert reader.dtype("model/embed_tokens.weight") == dtype
-    with torch.no_grad():
-        expected = load(tmp_path / "hf")[0](input_ids=token).logits
-        assert_near(model_of(tmp_path / "ours")(token)[0], expected, 1e-5)
-        export(tmp_path / "ours", tmp_path / "out", shard_bytes=6_000)
-        index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
-        assert len(set(index["weight_map"].values())) > 2
-        again, info = load(tmp_path / "out")
-        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        assert_near(again(input_ids=token).logits, expected, 1e-5)
-    config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["dtype"] == config["torch_dtype"] == str(dtype).removeprefix("torch.")
-    if family in ("mixtral", "qwen2_moe"):
-        assert config["num_experts"] == config["num_local_experts"] == 6
+@pytest.mark.parametrize("kind", ["rope_type", "type"])
+@pytest.mark.parametrize("form", ["llama yarn", "llama llama3"])
+def test_both_spellings_of_stretched_positions_mean_the_same(made, tmp_path, form, kind):
+    """What Llama 3.1 has on disk (rope_scaling beside rope_theta), and what transformers 5 writes (rope_parameters)."""
+    folder = made("llama", rope_parameters=ROPES[form])[0]
+    old = changed(folder, tmp_path / "old", lambda _: None)
+    config = json.loads((old / "config.json").read_text())
+    scaling = config.pop("rope_parameters")
+    config["rope_theta"] = scaling.pop("rope_theta")
+    config["rope_scaling"] = {kind: scaling.pop("rope_type"), **scaling}
+    (old / "config.json").write_text(json.dumps(config))
+    assert import_hf(old, tmp_path / "ours") == open_source(folder).config
+    # and an export has both, for transformers 4 and 5
+    export(tmp_path / "ours", tmp_path / "out")
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert {**scaling, "rope_type": ROPES[form]["rope_type"]}.items() <= written["rope_scaling"].items()
+    assert written["rope_parameters"] == {**written["rope_scaling"], "rope_theta": written["rope_theta"]}
+    del written["rope_parameters"]
+    (tmp_path / "out/config.json").write_text(json.dumps(written))
+    assert open_source(tmp_path / "out").config == open_source(folder).config
 
 
 def changed(folder, out, change):
@@ -196,11 +166,16 @@ def test_a_conversion_that_mixed_up_tensors_would_show(made, tmp_path, change):
             {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
             "'rope_type': 'linear'",
         ),
+        ("llama", "rope_scaling", {"type": "dynamic", "factor": 2.0}, "'rope_type': 'dynamic'"),
+        ("llama", "rope_scaling", {**LLAMA3, "mscale_all_dim": 1.0}, "'mscale_all_dim': 1.0"),
         ("llama", "hidden_act", "gelu", "hidden_act = 'gelu'"),
         ("llama", "attention_bias", True, "attention_bias = True"),
         ("llama", "no_such_field", 1, "does not know: no_such_field"),
         ("olmoe", "clip_qkv", 8.0, "clip_qkv = 8.0"),
         ("qwen2", "use_sliding_window", True, "use_sliding_window = True"),
+        ("gpt_oss", "swiglu_limit", 5.0, "swiglu_limit = 5.0"),
+        ("dots1", "layer_types", ["full_attention"] * 2 + ["sliding_attention"], "every layer must see everything"),
+        ("mixtral", "num_experts_per_tok", 7, "mixtral: model.num_experts_per_tok = 7"),
         ("llama", "model_type", "gpt2", "model_type = 'gpt2' is not one of"),
     ],
 )
