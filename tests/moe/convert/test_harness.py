@@ -110,15 +110,16 @@ def test_it_finds_what_our_model_prefers_and_what_it_generates_and_fetches_nothi
     assert results["written"]["exact_match,none"] == 1.0
 
 
-def test_files_that_are_no_tasks_and_a_missing_harness_are_refused_in_one_line(made, tmp_path, monkeypatch, capsys):
-    folder, _, _ = made
+def test_a_missing_harness_is_named_with_its_install_line(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(SystemExit):
-        main(["eval", str(folder), "--lm-eval", str(tmp_path / "task.yaml")])
+        main(["eval", str(made[0]), "--lm-eval", str(tmp_path / "task.yaml")])
     assert 'pip install "moe-train[lm-eval]"' in capsys.readouterr().err
-    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", ["hellaswag", "no/such.yaml"])
+def test_what_is_no_file_of_a_task_is_refused_in_one_line(made, capsys, name):
     pytest.importorskip("lm_eval")
-    for name in ("hellaswag", "no/such.yaml"):
-        with pytest.raises(SystemExit):
-            main(["eval", str(folder), "--lm-eval", name])
-        assert f"{name} does not exist" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["eval", str(made[0]), "--lm-eval", name])
+    assert f"{name} does not exist" in capsys.readouterr().err
