@@ -132,6 +132,14 @@ class Recipe:
 _ADAPTER = TypeAdapter(Recipe)
 
 
+def up_to_date(saved: Any) -> dict[str, Any]:
+    """Return a recipe saved as JSON with the fields that recipes have come to have since, at their defaults.
+
+    Raises ValueError for fields that are no longer known.
+    """
+    return _ADAPTER.validate_python(saved).to_json()
+
+
 def read_recipe(path: Path) -> Recipe:
     """Return the recipe of a recipe.json. Raises RecipeError naming the fields that are unknown or wrong."""
     try:
@@ -241,7 +249,12 @@ def _open_folder(recipe: Recipe, data: PreparedData, resume: bool, stack: ExitSt
     except RunLockedError as error:
         raise RecipeError(str(error)) from error
     recipe.folder.check_data(data.fingerprint)
-    return recipe.folder.open(recipe.to_json(), resume=resume, steps=recipe.trainer.steps)
+    return recipe.folder.open(
+        recipe.to_json(),
+        resume=resume,
+        steps=recipe.trainer.steps,
+        read=up_to_date,
+    )
 
 
 def _prepare_data(recipe: Recipe) -> PreparedData:

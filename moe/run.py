@@ -4,6 +4,7 @@ runs/<name>/  recipe.json   metrics.jsonl   checkpoints/step_00000100/   tokeniz
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -129,8 +130,19 @@ class RunFolder:
                 )
             return
 
-    def open(self, recipe: dict[str, Any], *, resume: bool, steps: int, report: Any = print) -> Start:
+    def open(
+        self,
+        recipe: dict[str, Any],
+        *,
+        resume: bool,
+        steps: int,
+        read: Callable[[Any], dict[str, Any]] = dict,
+        report: Any = print,
+    ) -> Start:
         """Return what to do, with recipe.json written and rows past the checkpoint dropped from metrics.jsonl.
+
+        Args:
+            read: gives the recipe in a checkpoint the fields that recipes have come to have since, at their defaults.
 
         Raises:
             RecipeError: the folder holds a run and `resume` is not set, the recipe differs where it must not, or no
@@ -155,7 +167,11 @@ class RunFolder:
         saved_step = 0
         if newest is not None:
             reader = CheckpointReader.open(newest, check_hashes=False)
-            self._check_same(recipe, reader.state["recipe"])
+            try:
+                saved = read(reader.state["recipe"])
+            except ValueError as error:
+                raise RecipeError(f"{newest} holds a recipe that cannot be read any more: {error}") from error
+            self._check_same(recipe, saved)
             saved_step = reader.state["step"]
             if saved_step >= steps:
                 return Start(action="finished", checkpoint=newest)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe.checkpoint import Shard, save_checkpoint, write_json_atomic
+from moe.recipe import up_to_date
 from moe.run import RecipeError, RunFolder, read_rows
 from runs import small_recipe
 
@@ -63,6 +64,20 @@ def test_a_run_with_checkpoints_continues_only_when_told_to(folder, recipe):
     start = folder.open(recipe, resume=True, steps=6)
     assert start.action == "resume"
     assert start.checkpoint == folder.checkpoints_dir / "step_00000004"
+
+
+def test_a_run_saved_before_recipes_had_a_field_continues_with_its_default(folder, recipe):
+    old = json.loads(json.dumps(recipe))
+    del old["optimizer"]["trainable"], old["model"]["rope_scaling"]["rope_type"], old["balance"]["domain_groups"]
+    write_json_atomic(folder.recipe_file, old)
+    save(folder, 4, old)
+    assert folder.open(recipe, resume=True, steps=6, read=up_to_date).action == "resume"
+    other = changed(recipe, "optimizer.trainable", ["*.router.*"])
+    with pytest.raises(RecipeError, match="optimizer.trainable"):
+        folder.open(other, resume=True, steps=6, read=up_to_date)
+    save(folder, 5, {**old, "forgotten": 1})
+    with pytest.raises(RecipeError, match=r"(?s)cannot be read any more.*forgotten"):
+        folder.open(recipe, resume=True, steps=6, read=up_to_date)
 
 
 @pytest.mark.parametrize("resume", [False, True])
