@@ -175,7 +175,7 @@ def test_a_conversion_that_mixed_up_tensors_would_show(made, tmp_path, change):
         ("qwen2", "use_sliding_window", True, "use_sliding_window = True"),
         ("gpt_oss", "swiglu_limit", 5.0, "swiglu_limit = 5.0"),
         ("dots1", "layer_types", ["full_attention"] * 2 + ["sliding_attention"], "every layer must see everything"),
-        ("mixtral", "num_experts_per_tok", 7, "mixtral: model.num_experts_per_tok = 7"),
+        ("mixtral", "num_experts_per_tok", 7, "mixtral: num_experts_per_tok = 7"),
         ("llama", "model_type", "gpt2", "model_type = 'gpt2' is not one of"),
     ],
 )
