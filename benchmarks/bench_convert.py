@@ -2,7 +2,7 @@
 
     python benchmarks/bench_convert.py                            # a dense model of 1 GB, experts of 2.9 GB made of it
     python benchmarks/bench_convert.py --machine cpu_2core_epyc   # and adds rows to results/convert_cpu_2core_epyc.csv
-    python benchmarks/bench_convert.py --layers 24 --folder DIR   # four times as large, in DIR rather than in /tmp
+    python benchmarks/bench_convert.py --layers 24 --folder DIR   # four times as large, in DIR
 
 A dense model of random bfloat16 weights is written tensor by tensor and taken through every conversion, each in a fresh
 process. Answers are checked first: what was exported and comes in again has the same sha256 in every file, and
