@@ -40,7 +40,7 @@ class Background:
                 env=self._environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                process_group=0,  # no session of its own: Linux shares the processor among sessions, nice or not
             )
 
     def result(self, *, timeout_s: float) -> tuple[int | None, str]:
