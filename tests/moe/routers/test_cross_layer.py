@@ -312,7 +312,7 @@ def test_layers_of_a_group_use_one_storage_whose_gradients_add_up():
         # the other layer of the group sees the same numbers in a tensor of its own
         forward = block.forward
         twin = tiny_model(config_of(2), dtype=torch.float64).pools[0]
-        block.forward = lambda *given, forward=forward, twin=twin: forward(*given[:-1], twin)
+        block.forward = lambda *given, forward=forward, twin=twin: forward(*given[:5], twin, *given[6:])
         apart = model(token)[0]
         assert torch.equal(apart, logits)
         parts.append(torch.autograd.grad(apart, twin.gate_up_proj, upstream)[0])
