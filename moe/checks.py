@@ -45,6 +45,11 @@ def check_routing(model: ModelConfig, balance: BalanceConfig, domains: list[str]
             f"{schedule!r}); use balance.scope = 'global', or model.reuse.schedule = 'none'"
         )
     groups = balance.domain_groups
+    if groups and schedule != "none":
+        raise ValueError(
+            f"balance.domain_groups = {groups} are taught to experts that may not be open yet (model.reuse.schedule = "
+            f"{schedule!r}); leave them out, or set model.reuse.schedule = 'none'"
+        )
     for name in groups:
         if name not in domains:
             raise ValueError(

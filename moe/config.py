@@ -156,6 +156,15 @@ class ModelConfig:
         values["router"] = self.router.meaning() if self.num_experts else None
         return {**values, "moe_layers": self.moe_layers}
 
+    def differences(self, other: "ModelConfig") -> list[str]:
+        """Return the fields in which the other model computes something else, as "name = this, there that".
+
+        How many positions a model may read does not count: a run may be shorter.
+        """
+        ours, theirs = self.meaning(), other.meaning()
+        wrong = [name for name in ours if ours[name] != theirs[name] and name != "max_position_embeddings"]
+        return [f"{name} = {ours[name]!r}, there {theirs[name]!r}" for name in wrong]
+
     def validate(self) -> None:
         """Raise ValueError with the value, the limit and the remedy if no model can be built from this."""
         self._validate_numbers()

@@ -65,11 +65,9 @@ def open_weights(path: Path, *, check_hashes: bool = True) -> tuple[ModelConfig,
 
 def check_same_model(model: ModelConfig, path: Path) -> None:
     """Raise RecipeError naming the fields in which the model in `path` computes something else than `model`."""
-    wanted, found = model.meaning(), open_weights(path, check_hashes=False)[0].meaning()
-    # a run may be shorter than what its model could read
-    wrong = [name for name in wanted if wanted[name] != found[name] and name != "max_position_embeddings"]
-    if wrong:
-        text = "; ".join(f"model.{name} = {wanted[name]!r}, there {found[name]!r}" for name in wrong)
+    differences = model.differences(open_weights(path, check_hashes=False)[0])
+    if differences:
+        text = "; ".join(f"model.{difference}" for difference in differences)
         raise RecipeError(f"init_from = {str(path)!r} holds another model: {text}")
 
 

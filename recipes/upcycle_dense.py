@@ -58,7 +58,7 @@ def arguments(name: str) -> tuple[str, Path, list[str]]:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(f"usage: python {sys.argv[0]} DENSE_DIR [--name NAME] [overrides of the recipe]")
     overrides = sys.argv[2:]
-    if "--name" in overrides:
+    if "--name" in overrides[:-1]:
         at = overrides.index("--name")
         name = overrides[at + 1]
         del overrides[at : at + 2]

@@ -47,6 +47,8 @@ def patch_the_language_once() -> None:
     It looks through all of the language again each time a kernel calls a function: a fifth of its time, for nothing.
     """
     interpreter: Any = triton.runtime.interpreter
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return  # another release of Triton: as slow as it is
     original = interpreter._patch_lang
 
     def patch_lang(function: Any) -> Any:

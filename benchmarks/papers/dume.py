@@ -24,17 +24,14 @@ from pathlib import Path
 
 import torch
 import tyro
-from lab import BATCH, DENSE, EVALUATED, Lab, general
+from lab import BATCH, DENSE, Lab, general, opened
 from rich.console import Console
 from study import RESULTS, append_rows, current_commit, show
-from torch import Tensor
 
-from moe.checkpoint import load_weights, open_any_model
-from moe.data.tokens import validation_batches
 from moe.model import Model
-from moe.parallel.groups import ParallelGroups
 from moe.upcycle import AddExpertConfig, UpcycleConfig
 from moe.upcycle.add_expert import add_expert
+from moe.upcycle.fit import dense_model, put_feed_forwards
 from moe.upcycle.run import Plan, plan, upcycle
 
 DOMAINS = ("python", "maths", "cpp")
@@ -70,40 +67,20 @@ class Row:
     routed_right: float  # share of tokens; nan where nothing is routed
 
 
-def opened(folder: Path) -> Model:
-    """Return the model in a folder."""
-    config, reader = open_any_model(folder)
-    model = Model(config, groups=ParallelGroups.single())
-    load_weights(model, reader)
-    return model.eval()
-
-
-@torch.no_grad()
-def dense_of(made: Plan, feed_forward: int | None) -> Model:
+def merged(made: Plan, feed_forward: int | None) -> Model:
     """Return a dense model with the plan's attention, and one branch's feed-forwards or the mean of all."""
-    model = Model(DENSE, groups=ParallelGroups.single())
-    for name, parameter in model.named_parameters():
-        is_expert = ".feed_forward." in name and feed_forward is not None
-        source = made.branches[feed_forward or 0].tensor if is_expert else made.rest
-        parameter.copy_(source(f"model/{name}"))
-    return model.eval()
+    model = dense_model(DENSE, made.rest)
+    if feed_forward is not None:
+        put_feed_forwards(model, made.branches[feed_forward], layers=range(DENSE.num_hidden_layers))
+    return model
 
 
-@torch.no_grad()
 def routed_right(lab: Lab, model: Model) -> float:
     """Return the share of tokens that go to their domain's expert first, mean over domains and layers."""
-    shares = []
-    for domain in lab.data.domains:
-        if domain.name not in DOMAINS:
-            continue
-        batches = validation_batches(
-            domain, sequence_length=BATCH.sequence_length, batch_size=BATCH.micro_sequences, max_sequences=EVALUATED
-        )
-        for batch in batches:
-            for routing in model(batch.token_BS, valid_BS=batch.valid_BS)[1]:
-                first_T: Tensor = routing.probs_TE.argmax(-1)[batch.valid_BS.flatten()]
-                shares.append((first_T == DOMAINS.index(domain.name)).float().mean().item())
-    return statistics.mean(shares)
+    return statistics.mean(
+        (probs_TE.argmax(-1) == DOMAINS.index(domain)).float().mean().item()
+        for domain, probs_TE in lab.probabilities(model, DOMAINS)
+    )
 
 
 def study(lab: Lab, seed: int, options: Options, work: Path) -> list[Row]:
@@ -154,11 +131,11 @@ def study(lab: Lab, seed: int, options: Options, work: Path) -> list[Row]:
         for layer in random.layers:
             layer.moe.router.weight.copy_(torch.randn(layer.moe.router.weight.shape, generator=draw))
             layer.moe.router.bias.zero_()
-    oracle = {name: lab.losses(dense_of(made, place))[name] for place, name in enumerate(DOMAINS)}
+    oracle = {name: lab.losses(merged(made, place))[name] for place, name in enumerate(DOMAINS)}
     losses = {
         "dense parent": lab.losses(opened(parent)),
         **{f"branch {name}": lab.losses(opened(branch)) for name, branch in zip(DOMAINS, branches, strict=True)},
-        "mean of weights": lab.losses(dense_of(made, None)),
+        "mean of weights": lab.losses(merged(made, None)),
         "oracle": oracle,
         "ridge": lab.losses(models["ridge"]),
         "ridge-2": lab.losses(models["ridge-2"]),

@@ -19,14 +19,12 @@ from pathlib import Path
 
 import torch
 import tyro
-from dume import opened
-from lab import BATCH, EVALUATED, Lab, general
+from lab import BATCH, Lab, general, opened
 from rich.console import Console
 from study import RESULTS, append_rows, current_commit, show
 
 from moe.balance.load import BalanceConfig
 from moe.checkpoint import read_model_config
-from moe.data.tokens import validation_batches
 from moe.model import Model
 from moe.upcycle import UpcycleConfig
 from moe.upcycle.run import plan, upcycle
@@ -64,22 +62,15 @@ class Row:
     group_right: float  # nan for a dense model
 
 
-@torch.no_grad()
 def group_right(lab: Lab, model: Model) -> float:
     """Return the share of discipline tokens whose group of experts has the most probability."""
-    shares = []
-    for domain in lab.data.domains:
-        if domain.name not in DISCIPLINES:
-            continue
-        batches = validation_batches(
-            domain, sequence_length=BATCH.sequence_length, batch_size=BATCH.micro_sequences, max_sequences=EVALUATED
-        )
-        for batch in batches:
-            for routing in model(batch.token_BS, valid_BS=batch.valid_BS)[1]:
-                group_TG = routing.probs_TE.unflatten(1, (len(DISCIPLINES), GRANULARITY)).sum(-1)
-                right_T = group_TG.argmax(-1)[batch.valid_BS.flatten()] == DISCIPLINES.index(domain.name)
-                shares.append(right_T.float().mean().item())
-    return statistics.mean(shares)
+    return statistics.mean(
+        (probs_TE.unflatten(1, (len(DISCIPLINES), GRANULARITY)).sum(-1).argmax(-1) == DISCIPLINES.index(domain))
+        .float()
+        .mean()
+        .item()
+        for domain, probs_TE in lab.probabilities(model, DISCIPLINES)
+    )
 
 
 def stages(lab: Lab, seed: int) -> dict[str, Path]:

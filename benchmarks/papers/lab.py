@@ -5,18 +5,23 @@ goes on where it was. The model has 3 layers of width 96 and 1,024 tokens; 0.5 m
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from moe.checkpoint import load_weights, open_any_model
 from moe.config import ModelConfig
 from moe.data.batching import BatchConfig
 from moe.data.corpus import BUILTINS
 from moe.data.prepare import DataConfig, prepare
 from moe.data.store import PreparedData
+from moe.data.tokens import validation_batches
 from moe.model import Model
 from moe.parallel.groups import ParallelGroups
 from moe.recipe import Recipe, launch
@@ -111,6 +116,30 @@ class Lab:
             max_sequences=EVALUATED,
         )
         return {name: result.loss for name, result in results.items()}
+
+    @torch.no_grad()
+    def probabilities(self, model: Model, domains: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (domain, its tokens' probabilities [T, E]) for each batch of held-out text and each layer."""
+        for domain in self.data.domains:
+            if domain.name not in domains:
+                continue
+            batches = validation_batches(
+                domain,
+                sequence_length=BATCH.sequence_length,
+                batch_size=BATCH.micro_sequences,
+                max_sequences=EVALUATED,
+            )
+            for batch in batches:
+                for routing in model(batch.token_BS, valid_BS=batch.valid_BS)[1]:
+                    yield domain.name, routing.probs_TE[batch.valid_BS.flatten()]
+
+
+def opened(folder: Path) -> Model:
+    """Return the model in a folder, ready to evaluate."""
+    config, reader = open_any_model(folder)
+    model = Model(config, groups=ParallelGroups.single())
+    load_weights(model, reader)
+    return model.eval()
 
 
 def curve(run: Path) -> dict[int, dict[str, float]]:

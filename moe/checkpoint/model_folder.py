@@ -58,8 +58,10 @@ def open_any_model(path: Path, *, check_hashes: bool = True) -> tuple[ModelConfi
     """
     if (path / MODEL).exists():
         return open_model_folder(path, check_hashes=check_hashes)
-    newest = newest_checkpoint(path / "checkpoints", report=lambda _: None)
-    folder = path if (path / MANIFEST).exists() else newest
+    folder: Path | None = path
+    if not (path / MANIFEST).exists():
+        folder = newest_checkpoint(path / "checkpoints", report=lambda _: None)
+        check_hashes = False  # or they would be compared a second time
     if folder is None:
         raise CheckpointError(f"{path} is no model folder, run or checkpoint")
     reader = CheckpointReader.open(folder, check_hashes=check_hashes)

@@ -21,7 +21,7 @@ from moe.convert.folder import appearing, copy_tokenizer
 from moe.routers.topk import TopKConfig
 from moe.upcycle import AddExpertConfig
 from moe.upcycle.dense import DenseModel, entries_of, open_dense
-from moe.upcycle.fit import Texts, collect
+from moe.upcycle.fit import Texts, collect, dense_model
 from moe.upcycle.run import solve
 from moe.upcycle.statistics import FittedRouter, RidgeStatistics
 
@@ -48,13 +48,10 @@ def add_expert(path: Path, branch: Path, out: Path, config: AddExpertConfig) -> 
         sequence_length=min(config.text_length, model.max_position_embeddings),
         tokens=config.text_tokens,
     )
-    experts = {f"model/layers.{index}.feed_forward." for index in model.moe_layers}
-
-    def tensor(name: str) -> Tensor:
-        return dense.tensor(name) if any(name.startswith(prefix) for prefix in experts) else reader.read(name)
-
+    # the new branch, but for what the model has of its own: all that is no expert
+    own = dense_model(dense.config, lambda name: reader.read(name) if name in reader.names else dense.tensor(name))
     statistics = known.widened()
-    collect(statistics, domain=new, config=dense.config, tensor=tensor, layers=model.moe_layers, texts=texts, text=0)
+    collect(statistics, own, domain=new, layers=model.moe_layers, texts=texts, text=0)
     has_bias = isinstance(model.router, TopKConfig) and model.router.use_router_bias
     routers = solve(statistics, model.moe_layers, penalty=penalty, has_bias=has_bias)
     with appearing(out) as folder:
@@ -109,8 +106,6 @@ def _check_alike(model: ModelConfig, dense: DenseModel) -> None:
         decoder_sparse_step=dense.config.decoder_sparse_step,
         mlp_only_layers=dense.config.mlp_only_layers,
     )
-    ours, theirs = rest.meaning(), dense.config.meaning()
-    wrong = [name for name in ours if ours[name] != theirs[name] and name != "max_position_embeddings"]
-    if wrong:
-        text = "; ".join(f"{name} = {theirs[name]!r}, there {ours[name]!r}" for name in wrong)
-        raise ConversionError(f"{dense.path} is another architecture than the model: {text}")
+    differences = dense.config.differences(rest)
+    if differences:
+        raise ConversionError(f"{dense.path} is another architecture than the model: {'; '.join(differences)}")

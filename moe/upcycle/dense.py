@@ -38,9 +38,9 @@ class DenseModel:
 
 
 def open_dense(path: Path) -> DenseModel:
-    """Return a dense model. Reads headers only.
+    """Return a dense model. Of a folder of transformers reads headers only; one of ours is held against its hashes.
 
-    Raises ConversionError for a folder that holds no model, or one with experts.
+    Raises ConversionError for a folder that holds no model, one with experts, or a damaged one.
     """
     if (path / "config.json").is_file():
         source = open_source(path)
@@ -54,7 +54,7 @@ def open_dense(path: Path) -> DenseModel:
         )
     else:
         try:
-            config, reader = open_any_model(path, check_hashes=False)
+            config, reader = open_any_model(path)
         except CheckpointError as error:
             raise ConversionError(f"{error}; nor is it a folder of transformers, which has a config.json") from error
         names = [name for name in reader.names if name.startswith("model/")]
@@ -77,11 +77,9 @@ def open_dense(path: Path) -> DenseModel:
 
 def check_alike(first: DenseModel, other: DenseModel) -> None:
     """Raise ConversionError naming the fields in which two models differ: their weights could not be mixed."""
-    ours, theirs = first.config.meaning(), other.config.meaning()
-    wrong = [name for name in ours if ours[name] != theirs[name] and name != "max_position_embeddings"]
-    if wrong:
-        text = "; ".join(f"{name} = {theirs[name]!r}, there {ours[name]!r}" for name in wrong)
-        raise ConversionError(f"{other.path} is another architecture than {first.path}: {text}")
+    differences = other.config.differences(first.config)
+    if differences:
+        raise ConversionError(f"{other.path} is another architecture than {first.path}: {'; '.join(differences)}")
 
 
 def entries_of(config: ModelConfig, like: DenseModel) -> list[Entry]:

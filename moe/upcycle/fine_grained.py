@@ -16,6 +16,8 @@ from moe.upcycle import METHODS, DenseLayer, Identity, LayerOf, Method, UpcycleC
 def check_slices(config: UpcycleConfig, dense: ModelConfig, *, num_experts: int) -> None:
     """Raise ConversionError unless a token can choose whole groups of slices only."""
     G = config.granularity
+    if G < 1:
+        raise ConversionError(f"--granularity {G} must be at least 1")
     for name, value in (
         ("intermediate_size", dense.intermediate_size),
         ("--num-experts", num_experts),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe.blocks.feed_forward import FeedForward
 from moe.config import ModelConfig
 from moe.convert import ConversionError
 from moe.data.packing import Sequences
@@ -21,6 +22,7 @@ from moe.data.prepare import DataConfig, prepare
 from moe.data.store import PreparedData
 from moe.model import Model
 from moe.parallel.groups import ParallelGroups
+from moe.upcycle.dense import DenseModel
 from moe.upcycle.statistics import RidgeStatistics
 
 BATCH = 8  # sequences that run at a time
@@ -75,37 +77,52 @@ class Texts:
 
 
 @torch.no_grad()
-def collect(
-    statistics: RidgeStatistics,
-    *,
-    domain: int,
-    config: ModelConfig,
-    tensor: Callable[[str], Tensor],
-    layers: Sequence[int],
-    texts: Texts,
-    text: int,
-) -> None:
-    """Add to `statistics` what the routers of `layers` would see on one text.
-
-    Args:
-        config: of the dense model.
-        tensor: its weights by name, `model/...`.
-        text: which of the texts; `domain` is its column in the statistics.
-    """
+def dense_model(config: ModelConfig, tensor: Callable[[str], Tensor]) -> Model:
+    """Return a dense model ready to evaluate, its weights given by name, `model/...`."""
     groups = ParallelGroups.single("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device(groups.device):
         model = Model(config, groups=groups)
     for name, parameter in model.named_parameters():
         parameter.copy_(tensor(f"model/{name}"))
+    return model.eval()
+
+
+@torch.no_grad()
+def put_feed_forwards(model: Model, branch: DenseModel, *, layers: Sequence[int]) -> None:
+    """Give `layers` of a model the feed-forwards of a branch."""
+    for index in layers:
+        made, feed_forward = branch.feed_forward(index), model.layers[index].feed_forward
+        assert isinstance(feed_forward, FeedForward)
+        feed_forward.gate_proj.weight.copy_(made.gate_FD)
+        feed_forward.up_proj.weight.copy_(made.up_FD)
+        feed_forward.down_proj.weight.copy_(made.down_DF)
+
+
+@torch.no_grad()
+def collect(
+    statistics: RidgeStatistics, model: Model, *, domain: int, layers: Sequence[int], texts: Texts, text: int
+) -> None:
+    """Add to `statistics` what the routers of `layers` would see on one text.
+
+    Args:
+        model: dense, with the feed-forwards of the domain's branch.
+        domain: the column in the statistics of the text, which is number `text` of the texts.
+    """
+    device = model.embed_tokens.weight.device
     valid_BS = torch.ones(0, dtype=torch.bool)
 
     def seen(_module: nn.Module, inputs: tuple[Any, ...], *, layer: int) -> None:
-        statistics.update(layer, inputs[0].reshape(-1, config.hidden_size)[valid_BS.flatten()].cpu(), domain)
+        x_ND = inputs[0].reshape(-1, model.config.hidden_size)
+        statistics.update(layer, x_ND[valid_BS.flatten()].cpu(), domain)
 
-    for place, index in enumerate(layers):
-        block: Any = model.layers[index]
-        block.feed_forward.register_forward_pre_hook(partial(seen, layer=place))
-    model.eval()
-    for token_BS, valid in texts.batches(text):
-        valid_BS = valid.to(groups.device)
-        model(token_BS.to(groups.device), valid_BS=valid_BS)
+    hooks = [
+        model.layers[index].feed_forward.register_forward_pre_hook(partial(seen, layer=place))  # pyright: ignore
+        for place, index in enumerate(layers)
+    ]
+    try:
+        for token_BS, valid in texts.batches(text):
+            valid_BS = valid.to(device)
+            model(token_BS.to(device), valid_BS=valid_BS)
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -27,7 +27,7 @@ from moe.initial import draw
 from moe.routers.topk import TopKConfig
 from moe.upcycle import METHODS, DenseLayer, Identity, LayerOf, Method, UpcycleConfig, check_own_options
 from moe.upcycle.dense import DenseModel, check_alike, entries_of, open_dense
-from moe.upcycle.fit import Texts, collect
+from moe.upcycle.fit import Texts, collect, dense_model, put_feed_forwards
 from moe.upcycle.statistics import FittedRouter, RidgeStatistics
 
 _PROMISES = {
@@ -142,7 +142,7 @@ class Plan:
 
 
 def plan(path: Path, config: UpcycleConfig) -> Plan:
-    """Return what upcycling the dense model in `path` would make. Reads headers only.
+    """Return what upcycling the dense model in `path` would make. Reads no weight, but to compare hashes.
 
     Raises ConversionError for a model that is not dense, branches that are not like it, and for options that do not go
     together.
@@ -238,21 +238,11 @@ def fit(made: Plan) -> tuple[RidgeStatistics, dict[int, FittedRouter]]:
     statistics = RidgeStatistics(
         num_layers=len(layers), hidden_size=made.target.hidden_size, num_domains=len(made.branches)
     )
-    experts = {f"model/layers.{index}.feed_forward." for index in layers}
+    # one model, whose rest is made once
+    model = dense_model(made.source.config, made.rest)
     for number, branch in enumerate(made.branches):
-
-        def tensor(name: str, branch: DenseModel = branch) -> Tensor:
-            return branch.tensor(name) if any(name.startswith(prefix) for prefix in experts) else made.rest(name)
-
-        collect(
-            statistics,
-            domain=number,
-            config=made.source.config,
-            tensor=tensor,
-            layers=layers,
-            texts=texts,
-            text=number,
-        )
+        put_feed_forwards(model, branch, layers=layers)
+        collect(statistics, model, domain=number, layers=layers, texts=texts, text=number)
     return statistics, solve(statistics, layers, penalty=config.penalty, has_bias=config.router_bias)
 
 

@@ -346,6 +346,7 @@ class TestRidge:
         ({"method": "ridge", "fits": True, "scoring_func": "sigmoid"}, "softmax"),
         ({"method": "innovator", "granularity": 5, "top_k": 5}, "does not divide intermediate_size"),
         ({"method": "innovator", "granularity": 4, "top_k": 2}, "does not divide --top-k"),
+        ({"method": "innovator", "granularity": 0}, "--granularity 0 must be at least 1"),
         ({"method": "innovator", "texts": ("a",)}, "add --router ridge"),
         ({"method": "innovator", "top_k": 1}, "no gradient"),
         ({"method": "innovator", "shared_share": 1.5}, r"must lie in \[0, 1\]"),
