@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moe.balance.load import BalanceConfig
-from moe.checkpoint import read_model_config
+from moe.checkpoint import open_any_model
 from moe.parallel.groups import launched_rank
 from moe.recipe import Recipe, main
 from moe.run import read_rows
@@ -34,8 +34,7 @@ GRANULARITY = 4  # slices of a feed-forward, and experts per token: one feed-for
 def stage(home: Path, name: str, start: str, *, trainable: tuple[str, ...] = (), steps: int, rate: float) -> Recipe:
     """Return what all stages share: which folder they train on from, and how long."""
     base, folder = quickstart(), home / start
-    # a run keeps its model in its recipe, and the model is that of the folder it started from
-    model = read_model_config(folder if (folder / "model.json").exists() else home / "model")
+    model, _ = open_any_model(folder)
     return replace(
         base,
         name=name,

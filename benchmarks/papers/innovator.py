@@ -24,7 +24,7 @@ from rich.console import Console
 from study import RESULTS, append_rows, current_commit, show
 
 from moe.balance.load import BalanceConfig
-from moe.checkpoint import read_model_config
+from moe.checkpoint import open_any_model
 from moe.model import Model
 from moe.upcycle import UpcycleConfig
 from moe.upcycle.run import plan, upcycle
@@ -77,24 +77,21 @@ def stages(lab: Lab, seed: int) -> dict[str, Path]:
     """Train what is missing and return the folders of all models, by name."""
     parent = lab.trained(general(lab, seed))
 
-    def run(name: str, start: Path, steps: int, learning_rate: float, *, is_moe: bool, **options: object) -> Path:
-        model = {"model": read_model_config(start)} if is_moe and (start / "model.json").exists() else {}
-        if is_moe and not model:
-            model = {"model": opened(start).config}
+    def run(name: str, start: Path, steps: int, learning_rate: float, **options: object) -> Path:
         recipe = lab.recipe(
             f"innovator-{name}-{seed}",
             seed=1000 + seed,
             steps=steps,
+            model=open_any_model(start)[0],
             init_from=start,
             learning_rate=learning_rate,
-            **model,
             **options,
         )
         return lab.trained(recipe)
 
     experts = {
         name: run(
-            f"expert-{name}", parent, EXPERT_STEPS, 1e-3, is_moe=False,
+            f"expert-{name}", parent, EXPERT_STEPS, 1e-3,
             weights={name: 0.9, GENERAL: 0.1}, trainable=("*.feed_forward.*",),
         )
         for name in DISCIPLINES
@@ -128,14 +125,14 @@ def stages(lab: Lab, seed: int) -> dict[str, Path]:
     ):
         models[name] = run(
             name.replace(" ", "-").replace(",", ""), models[start], WARMUP_STEPS, 2e-3,
-            is_moe=True, trainable=ROUTER, balance=balance,
+            trainable=ROUTER, balance=balance,
         )  # fmt: skip
     for name, start in (("joint", "warmed up"), ("joint, fitted", "upcycled, fitted")):
-        models[name] = run(name.replace(", ", "-"), models[start], JOINT_STEPS, 5e-4, is_moe=True, weights=MIXTURE)
+        models[name] = run(name.replace(", ", "-"), models[start], JOINT_STEPS, 5e-4, weights=MIXTURE)
     total = len(DISCIPLINES) * EXPERT_STEPS + WARMUP_STEPS + JOINT_STEPS
     alone = dict.fromkeys(DISCIPLINES, 1.0)
-    models["dense, disciplines"] = run("dense-alone", parent, total, 1e-3, is_moe=False, weights=alone)
-    models["dense, mixture"] = run("dense-mixture", parent, total, 1e-3, is_moe=False, weights=MIXTURE)
+    models["dense, disciplines"] = run("dense-alone", parent, total, 1e-3, weights=alone)
+    models["dense, mixture"] = run("dense-mixture", parent, total, 1e-3, weights=MIXTURE)
     return models
 
 
