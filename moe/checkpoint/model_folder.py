@@ -60,7 +60,10 @@ def open_any_model(path: Path, *, check_hashes: bool = True) -> tuple[ModelConfi
         return open_model_folder(path, check_hashes=check_hashes)
     folder: Path | None = path
     if not (path / MANIFEST).exists():
-        folder = newest_checkpoint(path / "checkpoints", report=lambda _: None)
+        damaged: list[str] = []
+        folder = newest_checkpoint(path / "checkpoints", report=damaged.append)
+        if damaged:  # an older one is not what was asked for
+            raise CheckpointError(f"{path}: {damaged[0]}; to start from an older checkpoint, name it")
         check_hashes = False  # or they would be compared a second time
     if folder is None:
         raise CheckpointError(f"{path} is no model folder, run or checkpoint")
