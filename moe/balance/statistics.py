@@ -107,7 +107,8 @@ def _one(routing: Routing, num_sequences: int) -> tuple[Tensor, ...]:
     # one bin per sequence and expert; id E marks unused rows, whose bins are dropped
     sequence_N = routing.assignment.token_N // max(T // B, 1)
     bin_N = sequence_N * (E + 1) + routing.assignment.expert_N
-    counts_BE = torch.bincount(bin_N, minlength=B * (E + 1)).view(B, E + 1)[:, :E]
+    # not bincount: on a GPU it waits for the largest id to learn the size of its answer
+    counts_BE = bin_N.new_zeros(B * (E + 1)).scatter_add_(0, bin_N, torch.ones_like(bin_N)).view(B, E + 1)[:, :E]
     prob_sum_BE = probs_TE.reshape(B, T // B, probs_TE.shape[1]).sum(1)
     num_dropped = torch.zeros_like(num_tokens)
     if routing.kept is not None:

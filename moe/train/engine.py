@@ -58,7 +58,8 @@ class Engine:
         parallel: ParallelConfig,
     ) -> None:
         deepspeed_logger.setLevel(logging.ERROR)
-        _switch_off_shared_memory_op()
+        if groups.device.type == "cpu":
+            _switch_off_shared_memory_op()
         freeze(model, optimizer)
         adopt(model, groups)
         self.groups = groups
@@ -179,6 +180,8 @@ def _deepspeed_config(zero_stage: int, dtype: str, max_grad_norm: float) -> dict
             "overlap_comm": False,
         },
         "steps_per_print": 10**9,
+        # its clock waits for the GPU before every forward and after every step
+        "timers": {"throughput": {"enabled": False}},
     }
     if dtype == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
@@ -190,7 +193,10 @@ def _deepspeed_config(zero_stage: int, dtype: str, max_grad_norm: float) -> dict
 
 
 def _switch_off_shared_memory_op() -> None:
-    """Keep DeepSpeed from compiling a C++ operator at start-up on CPUs; only its inference path uses it."""
+    """Keep DeepSpeed from compiling a C++ operator at start-up on CPUs; only its inference path uses it.
+
+    Reading the table asks every operator whether it could be built, which starts compilers: GPUs do without.
+    """
     from deepspeed.ops import __compatible_ops__
 
     __compatible_ops__["deepspeed_shm_comm"] = False
