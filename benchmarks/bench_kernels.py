@@ -233,7 +233,10 @@ def print_kernels(rows: list[Row], console: Console) -> None:
         table.add_row(row.kernel, f"{row.p50_ms:.3f}", *("" if value is None else str(value) for value in values))
     console.print(f"\n{rows[0].layer}: T {rows[0].T}, tiles {rows[0].tiles}, on {rows[0].device}")
     console.print(table)
-    for mode, kernels in (("forward", ("up", "down", "combine")), ("backward", ("down_bwd", "dweight", "dW2", "dX", "reduce", "dW1"))):
+    for mode, kernels in (
+        ("forward", ("up", "down", "combine")),
+        ("backward", ("down_bwd", "dweight", "dW2", "dX", "reduce", "dW1")),
+    ):
         ms = sum(row.p50_ms for row in rows if row.kernel in kernels)
         flops = sum(row.tflops * row.p50_ms for row in rows if row.kernel in kernels and row.tflops)
         console.print(f"{mode}: {ms:.3f} ms, {flops / ms:.0f} TFLOP/s, were its kernels all there is")
