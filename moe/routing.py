@@ -5,6 +5,7 @@ Letters (docs/words.md): T tokens, D width, E experts, N routed (token, expert) 
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -51,3 +52,9 @@ class RouterContext:
     token_T: Tensor | None = None  # int64, the id of each token in the vocabulary
     open_E: Tensor | None = None  # bool, experts that may be chosen at this step (growing pool); None means all
     use_zero_score: bool = False  # the others take part in the softmax and lose their score after it, not before
+
+
+def count_ids(id_N: Tensor, num_ids: int) -> Tensor:
+    """Return how often each of 0..num_ids-1 stands in `id_N` (int64, nothing else in it), int64 [num_ids]."""
+    # not bincount: on a GPU it waits for the largest id, to learn the size of its answer
+    return id_N.new_zeros(num_ids).scatter_add_(0, id_N, torch.ones_like(id_N))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -25,8 +26,7 @@ def load_figures(tokens_per_expert_LE: Tensor, active_LE: Tensor | None = None) 
     mean_L1 = counts_LE.sum(-1, keepdim=True) / num_active_L1
     ratio_LE = (counts_LE / mean_L1).where(mean_L1 > 0, active_LE)
     variance_L1 = ((ratio_LE - 1).square() * active_LE).sum(-1, keepdim=True) / num_active_L1
-    return LoadFigures(
-        max_over_mean=ratio_LE.amax(-1).mean().item(),
-        cv=variance_L1.sqrt().mean().item(),
-        dead_expert_frac=((ratio_LE == 0).double() * active_LE).sum().item() / active_LE.sum().item(),
-    )
+    dead_frac = ((ratio_LE == 0).double() * active_LE).sum() / active_LE.sum()
+    # together: each number of its own that is fetched from a GPU waits once more
+    figures = torch.stack((ratio_LE.amax(-1).mean(), variance_L1.sqrt().mean(), dead_frac)).tolist()
+    return LoadFigures(max_over_mean=figures[0], cv=figures[1], dead_expert_frac=figures[2])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.routing import Routing
+from moe.routing import Routing, count_ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,8 +107,7 @@ def _one(routing: Routing, num_sequences: int) -> tuple[Tensor, ...]:
     # one bin per sequence and expert; id E marks unused rows, whose bins are dropped
     sequence_N = routing.assignment.token_N // max(T // B, 1)
     bin_N = sequence_N * (E + 1) + routing.assignment.expert_N
-    # not bincount: on a GPU it waits for the largest id to learn the size of its answer
-    counts_BE = bin_N.new_zeros(B * (E + 1)).scatter_add_(0, bin_N, torch.ones_like(bin_N)).view(B, E + 1)[:, :E]
+    counts_BE = count_ids(bin_N, B * (E + 1)).view(B, E + 1)[:, :E]
     prob_sum_BE = probs_TE.reshape(B, T // B, probs_TE.shape[1]).sum(1)
     num_dropped = torch.zeros_like(num_tokens)
     if routing.kept is not None:

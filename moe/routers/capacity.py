@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe.routing import Assignment, Routing
+from moe.routing import Assignment, Routing, count_ids
 
 POLICIES = ("position", "choice", "probs")
 
@@ -105,7 +105,7 @@ def _places(assignment: Assignment, policy: str) -> Tensor:
     else:
         order_N = torch.sort(assignment.token_N, stable=True).indices
     sorted_N, by_expert_N = torch.sort(expert_N[order_N], stable=True)
-    counts_E = torch.bincount(expert_N, minlength=assignment.num_experts + 1)
+    counts_E = count_ids(expert_N, assignment.num_experts + 1)
     first_E = counts_E.cumsum(0) - counts_E
     place_N = torch.empty_like(rows_N)
     place_N[order_N[by_expert_N]] = rows_N - first_E[sorted_N]
