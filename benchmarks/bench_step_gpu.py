@@ -31,7 +31,7 @@ import torch
 import tyro
 from result_rows import append_rows, current_commit, describe_device, driver, triton_version
 from step_contenders import Contender, ours, theirs
-from step_profile import PartRow, draw, part_rows, print_kernels, print_parts, profile, wait_for
+from step_profile import PartRow, draw, part_rows, print_kernels, print_parts, print_waits, profile, wait_for
 from torch import Tensor
 
 from moe.counts import count_parameters, flops_per_token
@@ -313,6 +313,7 @@ class Bench:
         print_kernels(measured)
         if options.machine:
             append_rows(options.results / f"step_parts_{options.machine}.csv", rows)
+        print_waits(step, self.tokens(2000), self.device)
         return rows
 
     def show(self, rows: list[Row], times: Times) -> None:

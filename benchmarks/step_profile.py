@@ -12,6 +12,8 @@ import json
 import re
 import sys
 import tempfile
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -204,6 +206,21 @@ def part_rows(measured: Profile, *, step_ms: float, **stamp: Any) -> list[PartRo
 def _row(part: str, phase: str, ms: float, launches: float, step_ms: float, stamp: dict[str, Any]) -> PartRow:
     percent = 100 * ms / step_ms
     return PartRow(**stamp, part=part, phase=phase, ms_per_step=ms, kernels_per_step=launches, percent_of_step=percent)
+
+
+def print_waits(step: Callable[[Tensor], Any], token: Tensor, device: torch.device) -> None:
+    """Print where a step makes the host wait for the GPU, as torch sees it, and how often."""
+    if device.type != "cuda":
+        return
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step(token)
+    torch.cuda.set_sync_debug_mode("default")
+    waits = Counter(f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message))
+    print(f"{waits.total()} waits of the host in a step")
+    for place, count in waits.most_common(20):
+        print(f"{count:6d}x {place}")
 
 
 def print_kernels(measured: Profile, count: int = 40) -> None:
