@@ -64,7 +64,7 @@ class Options:
     sequences: int = 4
     """Of one micro-batch, which is the step."""
     length: int = 4096
-    rounds: int = 10
+    rounds: int = 16
     """Timed steps of each kind."""
     warmup: int = 2
     """Untimed ones of each kind."""
@@ -220,7 +220,7 @@ def make_rows(
     """Return a row for each kind of step."""
     rows = []
     for coefficient, values in times.items():
-        p20, p50, p80 = (statistics.quantiles(values, n=10)[k] for k in (1, 4, 7))
+        p20, p50, p80 = (statistics.quantiles(values, n=10, method="inclusive")[k] for k in (1, 4, 7))
         tflops = flops / p50 / 1e9
         rows.append(
             Row(
@@ -320,16 +320,17 @@ class Bench:
         """Print the rows, and what the balance costs."""
         for row in rows:
             of_dense = "" if row.percent_of_dense is None else f" {row.percent_of_dense:.1f} % of dense,"
+            load = "" if row.max_over_mean is None else f" fullest expert {row.max_over_mean:.2f} of the mean,"
             memory = "" if row.peak_gib is None else f" peak {row.peak_gib:.1f} GiB"
             coefficient = "none" if row.balance_coefficient is None else row.balance_coefficient
             self.say(
                 f"{row.contender}, balance {coefficient}: p20 {row.p20_ms:.1f} p50 {row.p50_ms:.1f} p80 "
                 f"{row.p80_ms:.1f} ms, {row.tokens_per_s:,.0f} tokens/s, {row.tflops:.0f} TFLOP/s, MFU "
-                f"{row.mfu_percent:.1f} %,{of_dense} fullest expert {row.max_over_mean} of the mean,{memory}"
+                f"{row.mfu_percent:.1f} %,{of_dense}{load}{memory}"
             )
         if None in times:
             for coefficient, percent in cost_of_balance(times).items():
-                self.say(f"a step with balance {coefficient} takes {percent:+.2f} % of one without statistics more")
+                self.say(f"a step with balance {coefficient} takes {percent:+.2f} % longer than one without statistics")
 
 
 def show_expected(config: ModelConfig, options: Options) -> None:
