@@ -18,7 +18,7 @@ that time cuts short is behind, not different: compare at the last step that all
 Weights of dynamic confidence are not normalised, as in its paper; those of zero experts are scaled so that they sum to
 one while the router knows nothing (48 candidates / 12).
 
-The built-in text is small: 10.7 million tokens, of which maths 4.8, C++ 3.3, Python 1.9 and prose 0.7 (3.12's library,
+The built-in text is small: 10.7 million tokens, of which maths 4.8, C++ 3.3, Python 1.9 and prose 0.7 (library of 3.11,
 torch 2.13), each domain a quarter of every batch. 300 steps of 65,536 tokens read maths once and prose seven times.
 Where held-out loss turns upwards while training loss falls, the model learns text by heart; the table names the lowest
 held-out loss and its step beside the last.
