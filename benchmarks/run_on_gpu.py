@@ -5,8 +5,11 @@
     python3 benchmarks/run_on_gpu.py --list
 
 A part that is done leaves runs/gpu/COMMIT/PART.done, and a second call does what is missing; delete the file to run it
-again. Every part has a limit, after which it is killed and counts as failed; its log lies beside the mark. A part that
-the budget has no time left for waits for the next call. What a part needs and does not find is skipped by name.
+again. Every part has a share of the budget, after which it is killed and counts as failed; fewer parts get longer
+shares. Its log lies beside the mark. A part that the budget has no time left for waits for the next call. What a part
+needs and does not find is skipped by name.
+
+Where the files are a copy without their repository, MOE_COMMIT=... says of which commit: rows and marks carry it.
 
 Exit code: 0 all done or skipped, 1 a part failed, 2 none failed but some are left. This program imports no torch: it
 answers at once, and nothing of it holds the GPU.
@@ -38,7 +41,7 @@ class Part:
 
     name: str
     commands: tuple[tuple[str, ...], ...]
-    limit_s: float  # all commands together
+    limit_s: float  # all commands together; longer where other parts leave their share of the budget
     results: tuple[str, ...] = ()  # CSV files that get rows
     needs: tuple[str, ...] = ()  # programs on PATH, or files
     unsupported: str = ""  # what a log says where the machine, not the code, refuses
@@ -88,7 +91,7 @@ def parts(machine: str, python: str = sys.executable) -> tuple[Part, ...]:
             name="step",
             commands=((python, "benchmarks/bench_step_gpu.py", "--machine", machine),),
             limit_s=70,
-            results=(f"step_{machine}.csv",),
+            results=(f"step_gpu_{machine}.csv", f"step_parts_{machine}.csv"),
             needs=("benchmarks/bench_step_gpu.py",),
         ),
         Part(
@@ -168,11 +171,18 @@ def _kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def shared(wanted: tuple[Part, ...], state: Path, *, budget_s: float) -> tuple[Part, ...]:
+    """Return the parts with limits that share the budget among those still to run, as their own limits stand."""
+    pending = [part for part in wanted if not (state / f"{part.name}.done").exists() and not missing(part)]
+    scale = budget_s / sum(part.limit_s for part in pending) if pending else 1.0
+    return tuple(dataclasses.replace(part, limit_s=scale * part.limit_s) for part in wanted)
+
+
 def run_all(wanted: tuple[Part, ...], state: Path, *, budget_s: float) -> int:
     """Run parts in order, print a line for each, and return the exit code."""
     started = time.perf_counter()
     outcomes = []
-    for part in wanted:
+    for part in shared(wanted, state, budget_s=budget_s):
         outcome = run_part(part, state, seconds_left=budget_s - (time.perf_counter() - started))
         outcomes.append(outcome)
         print(f"{outcome.name:<10} {outcome.state:<8} {outcome.seconds:6.1f} s  {outcome.note}", flush=True)

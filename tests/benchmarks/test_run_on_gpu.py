@@ -52,6 +52,13 @@ def test_what_the_budget_has_no_time_for_is_left_to_the_next_call(runner, tmp_pa
     assert runner.run_all((part_of(runner, "good", "true"),), state, budget_s=60) == 0
 
 
+def test_parts_still_to_run_share_the_budget(runner, tmp_path: Path) -> None:
+    three = tuple(part_of(runner, name, "true", limit_s=limit) for name, limit in (("a", 10), ("b", 20), ("c", 30)))
+    (tmp_path / "c.done").touch()
+    a, b, _ = runner.shared(three, tmp_path, budget_s=90)
+    assert (a.limit_s, b.limit_s) == (30, 60)
+
+
 def test_the_second_command_of_a_part_waits_for_the_first(runner, tmp_path: Path) -> None:
     touched = tmp_path / "touched"
     both = runner.Part(name="both", commands=(("false",), ("touch", str(touched))), limit_s=20.0)
