@@ -7,6 +7,8 @@ ARGS =
 PYTHON =
 # What pip is asked for in place of our own choice of torch: make test TORCH=torch==2.12.0
 TORCH =
+# The interpreter of `make gpu`, which installs nothing: it has torch with CUDA already.
+PYTHON3 ?= python3
 
 TORCH_VERSION := 2.13.0
 PIP := .venv/bin/python -m pip --disable-pip-version-check --no-input
@@ -14,11 +16,12 @@ INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test lint format clean
+.PHONY: help setup train test gpu lint format clean
 
 help:
 	@echo "make train    set up, then train a small MoE on this machine (recipes/quickstart.py)"
 	@echo "make test     set up, then run the whole test suite"
+	@echo "make gpu      on a CUDA machine whose python3 has torch: GPU tests and every benchmark, at most 8 minutes"
 	@echo "make lint     ruff, pyright and the floors (import-linter)"
 	@echo "make format   let ruff rewrite the files"
 	@echo "make setup    only find a Python, make .venv and install into it"
@@ -32,6 +35,10 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	.venv/bin/python -m pytest $(ARGS)
+
+# What PYTHONPATH holds already stays: packages that such a machine lacks may have been brought along.
+gpu:
+	PYTHONPATH=".:kernels:recipes$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON3) benchmarks/run_on_gpu.py $(ARGS)
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .

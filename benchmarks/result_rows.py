@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkout import current_commit as current_commit
 from rich.console import Console
 from rich.table import Table
 
@@ -55,13 +56,6 @@ def triton_version() -> str:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def current_commit() -> str:
-    """Return the commit checked out, marked "-dirty" if files differ from it, or "none" outside a repository."""
-    git = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    answer = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() if answer.returncode == 0 else "none"
 
 
 def append_rows(path: Path, rows: list[Any]) -> None:

@@ -125,3 +125,10 @@ def test_machine_with_a_gpu_takes_torch_as_offered(machine: Machine) -> None:
 def test_torch_can_be_named(machine: Machine) -> None:
     machine.make("setup", "TORCH=torch==2.12.0")
     assert machine.asked()[1:] == ["pip -qq torch==2.12.0", EVERYTHING]
+
+
+def test_gpu_runs_with_the_python_at_hand_and_keeps_its_packages(machine: Machine) -> None:
+    machine.add_tool("python3", '#!/bin/sh\necho "$PYTHONPATH $*" >> asked\n')
+    assert machine.make("gpu", "ARGS=--parts tests", PYTHONPATH="/brought").returncode == 0
+    assert machine.asked() == [".:kernels:recipes:/brought benchmarks/run_on_gpu.py --parts tests"]
+    assert "make gpu" in machine.make("help").stdout

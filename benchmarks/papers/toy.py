@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe.balance.load import BalanceConfig, GlobalLoad
 from moe.balance.statistics import collect
+from moe.blocks.block import end_routers_step
 from moe.blocks.chain import ChainConfig
 from moe.counts import flops_per_token
 from moe.initial import initialise
@@ -28,7 +29,6 @@ from moe.routing import RouterContext
 from moe.train.loss import language_model_loss, micro_batch_loss
 from moe.train.optimizer import parameter_groups
 from moe.train.schedule import ScheduleConfig
-from moe.train.step import end_routers_step
 
 SEQUENCES = 16  # of a step, the same number of every kind
 VALIDATION = 64  # sequences of each kind

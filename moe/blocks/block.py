@@ -198,6 +198,16 @@ class ShortcutBlock(RoutedBlock):
         return x_BSD + self.feed_forward[1](self.feed_forward_norm[1](x_BSD))
 
 
+def end_routers_step(
+    model: nn.Module, tokens_per_expert_LE: Tensor, context: RouterContext, *, num_tokens: int
+) -> None:
+    """Give every router the step's global counts, in the order in which the model returns routings."""
+    blocks = [module for module in model.modules() if isinstance(module, RoutedBlock) and module.moe is not None]
+    counts = tokens_per_expert_LE.split([block.chain.rounds for block in blocks])
+    for block, counts_CE in zip(blocks, counts, strict=True):
+        block.end_step(counts_CE, context, num_tokens=num_tokens)
+
+
 def _directly(function, *args: Tensor) -> Tensor:
     return function(*args)
 

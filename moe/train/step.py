@@ -12,14 +12,14 @@ from typing import ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.balance.domains import UNSUPERVISED, DomainSums, domain_sums, groups_of
 from moe.balance.health import LoadFigures, load_figures
 from moe.balance.load import BalanceConfig, GlobalLoad
 from moe.balance.losses import frequency, load_balancing_loss
 from moe.balance.statistics import RouterStatistics, collect
-from moe.blocks.block import RoutedBlock
+from moe.blocks.block import end_routers_step
 from moe.data.tokens import Batch
 from moe.parallel.groups import ParallelGroups
 from moe.routing import RouterContext
@@ -270,13 +270,3 @@ class _StepSums:
 
 def _with_positions(context: RouterContext, batch: Batch) -> RouterContext:
     return replace(context, position_T=batch.position_BS.flatten())
-
-
-def end_routers_step(
-    model: nn.Module, tokens_per_expert_LE: Tensor, context: RouterContext, *, num_tokens: int
-) -> None:
-    """Give every router the step's global counts, in the order in which the model returns routings."""
-    blocks = [module for module in model.modules() if isinstance(module, RoutedBlock) and module.moe is not None]
-    counts = tokens_per_expert_LE.split([block.chain.rounds for block in blocks])
-    for block, counts_CE in zip(blocks, counts, strict=True):
-        block.end_step(counts_CE, context, num_tokens=num_tokens)

@@ -126,10 +126,10 @@ def test_recomputation_counts_no_token_twice():
 
 
 def bias_after_engine() -> tuple[torch.dtype, torch.dtype, float]:
+    from moe.blocks.block import end_routers_step
     from moe.initial import initialise
     from moe.train.engine import Engine
     from moe.train.optimizer import OptimizerConfig
-    from moe.train.step import end_routers_step
 
     groups = ParallelGroups.create(ep_size=1, device=torch.device("cpu"))
     config = tiny_config()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.balance.statistics import collect
+from moe.blocks.block import end_routers_step
 from moe.blocks.chain import RESIDUALS, ChainConfig
 from moe.blocks.rope import rotation
 from moe.experts import Experts
@@ -17,7 +18,6 @@ from moe.parallel.groups import ParallelGroups
 from moe.routers.dynamic_confidence import DynamicConfidenceConfig
 from moe.routers.topk import TopKConfig
 from moe.routing import RouterContext
-from moe.train.step import end_routers_step
 from tiny import assert_near, tiny_config, tiny_model, tiny_tokens
 
 D, T = 20, 5
