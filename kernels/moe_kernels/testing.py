@@ -124,8 +124,9 @@ def make_case(
     """Return a case with seeded data, the same for every dtype up to rounding; weight_N lies in 0.1..1.1.
 
     Another device in `drawn_on` draws other numbers, but rows and weight_N are always drawn on the CPU: drawing the
-    weights of 128 wide experts takes a CPU a minute, a GPU none. Layouts of one activation hold the same experts. For gpt_oss the first product is 4 times as large as for the
-    others, so that one in 25 gates and one in 12 ups lie beyond the limits at which they are held.
+    weights of 128 wide experts takes a CPU a minute, a GPU none. Layouts of one activation hold the same experts. For
+    gpt_oss the first product is 4 times as large as for the others, so that one in 25 gates and one in 12 ups lie
+    beyond the limits at which they are held.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn_on = torch.device(drawn_on)
