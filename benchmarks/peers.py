@@ -2,7 +2,7 @@
 
     transformers_eager, _batched_mm, _grouped_mm   Qwen3MoeExperts of transformers; seen running on a CPU
     transformers_sonicmoe                          SonicMoE (Dao-AILab/sonic-moe) as transformers loads it
-    sonicmoe                                       SonicMoE as its package has it: sonic-moe 0.1.2.post1
+    sonicmoe, sonicmoe_few                         SonicMoE as its package has it: sonic-moe 0.1.2.post1
     scattermoe                                     shawntan/scattermoe 0.3.0, scattermoe/parallel_experts.py
     liger                                          linkedin/Liger-Kernel 0.8.5, LigerFusedMoEFunction
 
@@ -13,8 +13,10 @@ the reference before it times it; a peer that fails or answers otherwise is name
 Two peers tune themselves when they meet a layer, before anything is timed. Liger compiles and times some 250 kernels
 per pair of widths (LIGER_FUSED_MOE_AUTOTUNE=0 takes one of each instead; TRITON_CACHE_AUTOTUNING=1 keeps the choices
 for the next run). SonicMoE's products compile some 80 kernels in QUACK_COMPILE_WORKERS processes, once per machine,
-and time them for every new shape. All take SwiGLU in Hugging Face's layout, K rows per token, none of them unused;
-no weight is copied or laid out anew for any of them.
+and time them for every new shape; sonicmoe_few is the same with the choice cut down to FEW_TILES.
+
+All take SwiGLU in Hugging Face's layout, K rows per token, none of them unused; no weight is copied or laid out anew
+for any of them.
 """
 
 import contextlib
@@ -32,6 +34,9 @@ from torch.nn import functional
 
 BATCHED_LIMIT = 2**30
 """batched_mm copies the weights of its expert for every row: no more than this many bytes of copies."""
+
+FEW_TILES = ((128, 192, True), (128, 128, True), (256, 128, False), (256, 192, False))
+"""Tiles of SonicMoE's products on Hopper: rows, columns, and whether two groups of warps take turns (pingpong)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +140,24 @@ def liger(request: Request) -> Peer:
     return Peer(run)
 
 
-def sonicmoe(request: Request) -> Peer:
+def cut_tiles(tiles: tuple[tuple[int, int, bool], ...]) -> None:
+    """Leave the tuners of SonicMoE's products only these tiles, in clusters of 2 along the rows; none means all."""
+    from quack import gemm_interface  # pyright: ignore
+
+    for tuner in (gemm_interface.gemm_tuned, gemm_interface.gemm_gated_tuned, gemm_interface.gemm_dgated_tuned):
+        if not hasattr(tuner, "every_config"):
+            tuner.every_config = tuner.configs
+        few = []
+        for entry in tuner.every_config:
+            tile = entry.kwargs["config"]
+            is_plain = tile.device_capacity == 9 and not tile.swap_ab and (tile.cluster_m, tile.cluster_n) == (2, 1)
+            if is_plain and (tile.tile_m, tile.tile_n, tile.pingpong) in tiles:
+                few.append(entry)
+        tuner.configs = few if tiles else tuner.every_config
+        tuner.cache.clear()  # choices made among others
+
+
+def sonicmoe(request: Request, tiles: tuple[tuple[int, int, bool], ...] = ()) -> Peer:
     """Return SonicMoE behind its router: the rows sorted, then its two autograd functions.
 
     Both weights are views of Hugging Face's: experts last, and the gate rows before the up rows, which it calls the
@@ -146,6 +168,7 @@ def sonicmoe(request: Request) -> Peer:
     from sonicmoe.functional import _DownProjection, _UpProjection  # pyright: ignore
     from sonicmoe.functional.triton_kernels import TC_topk_router_metadata_triton  # pyright: ignore
 
+    cut_tiles(tiles)
     E, K, swiglu = request.E, request.K, ActivationType.SWIGLU
 
     def run(x_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
@@ -176,6 +199,15 @@ def refuse_sonicmoe(request: Request) -> str | None:
     return None if capability >= (9, 0) else f"runs on compute capability 9.0 and up, this is {capability}"
 
 
+def refuse_sonicmoe_few(request: Request) -> str | None:
+    """Return why SonicMoE with few tiles is left out: SonicMoE is, or they are not those of this card."""
+    reason = refuse_sonicmoe(request)
+    if reason is not None:
+        return reason
+    capability = torch.cuda.get_device_capability(request.device)
+    return None if capability[0] == 9 else f"its tiles are those of Hopper, this is {capability}"
+
+
 def refuse_missing(request: Request, package: str) -> str | None:
     """Return why a peer for GPUs is left out: no CUDA, or its package is not there."""
     if request.device.type != "cuda":
@@ -196,6 +228,7 @@ PEERS: dict[str, tuple[Callable[[Request], str | None], Callable[[Request], Peer
         functools.partial(transformers_experts, implementation="sonicmoe"),
     ),
     "sonicmoe": (refuse_sonicmoe, sonicmoe),
+    "sonicmoe_few": (refuse_sonicmoe_few, functools.partial(sonicmoe, tiles=FEW_TILES)),
     "scattermoe": (functools.partial(refuse_missing, package="scattermoe"), scattermoe),
     "liger": (functools.partial(refuse_missing, package="liger_kernel"), liger),
 }
