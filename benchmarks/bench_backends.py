@@ -148,9 +148,10 @@ def draw_case(skew: str, shape: Layer, dtype: str, device: torch.device) -> Case
     return dataclasses.replace(case, expert_N=draw_rows(skew, shape, torch.Generator().manual_seed(1)).to(device))
 
 
-def note(text: str) -> None:
-    """Print on CUDA what is going on, at once: a run that is cut short has said how far it came."""
-    print(f"  {text}", flush=True)
+def note(device: torch.device, text: str) -> None:
+    """Print what is going on, at once, where minutes are dear: a run that is cut short has said how far it came."""
+    if device.type == "cuda":
+        print(f"  {text}", flush=True)
 
 
 def refuse_unknown(wanted: tuple[str, ...]) -> None:
@@ -184,6 +185,7 @@ def contenders(
         if reason is not None:
             skipped[name] = reason
             continue
+        note(request.device, f"{name} is built, tuned and checked")
         try:
             contender = BACKENDS[name] if name in BACKENDS else PEERS[name][1](request)
             with compiling_in_parallel(request.device):
@@ -194,6 +196,7 @@ def contenders(
             if name in BACKENDS and not isinstance(error, torch.OutOfMemoryError):
                 raise
             skipped[name] = first_line(error)
+            note(request.device, f"{name} is left out: {skipped[name]}")
             continue
         yield name, contender
 
@@ -302,9 +305,10 @@ def measure_on_cuda(
         measured[name] = entry
         forward_ms, backward_ms = (statistics.median(time[mode] for time in times) for mode in FLOPS)
         note(
+            torch.device(options.device),
             f"{name:<24} forward {forward_ms:.3f} ms, backward {backward_ms:.3f} ms, {len(times)} passes, "
             f"saved {entry.saved_mib} MiB, peak {entry.peak_mib} MiB; built and checked in {checked_after:.1f} s, "
-            f"measured in {time.perf_counter() - start - checked_after:.1f} s"
+            f"measured in {time.perf_counter() - start - checked_after:.1f} s",
         )
         start = time.perf_counter()
     return measured
@@ -334,7 +338,7 @@ def bench(shape: Layer, dtype: str, skew: str, options: Options) -> tuple[list[R
     running = contenders(request, checked, dtype, options.backends, skipped)
     if is_cuda:
         torch.cuda.synchronize()
-        note(f"case and reference after {time.perf_counter() - start:.1f} s")
+        note(device, f"case and reference after {time.perf_counter() - start:.1f} s")
         measured = measure_on_cuda(running, case, options, skipped)
     else:
         on_cpu = dict(running)

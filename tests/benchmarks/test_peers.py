@@ -265,7 +265,7 @@ def test_every_backward_pass_on_cuda_has_its_own_forward_pass_and_lines_come_as_
 
     skipped: dict[str, str] = {}
     running = iter([("mine", counted), ("liger", broken)])
-    measured = bench.measure_on_cuda(running, small_case(), bench.Options(repeat_ms=14), skipped)
+    measured = bench.measure_on_cuda(running, small_case(), bench.Options(repeat_ms=14, device="cuda"), skipped)
     assert list(measured) == ["mine"] and skipped == {"liger": "RuntimeError: no kernel"}
     assert measured["mine"].times == 7 * [{"forward": 1.0, "backward": 1.0}]
     assert measured["mine"].saved_mib is not None and measured["mine"].peak_mib == 0
