@@ -2,7 +2,7 @@
 
     transformers_eager, _batched_mm, _grouped_mm   Qwen3MoeExperts of transformers; seen running on a CPU
     transformers_sonicmoe                          SonicMoE (Dao-AILab/sonic-moe) as transformers loads it
-    sonicmoe, sonicmoe_few                         SonicMoE as its package has it: sonic-moe 0.1.2.post1
+    sonicmoe, sonicmoe_few, sonicmoe_one           SonicMoE as its package has it: sonic-moe 0.1.2.post1
     scattermoe                                     shawntan/scattermoe 0.3.0, scattermoe/parallel_experts.py
     liger                                          linkedin/Liger-Kernel 0.8.5, LigerFusedMoEFunction
 
@@ -13,7 +13,8 @@ the reference before it times it; a peer that fails or answers otherwise is name
 Two peers tune themselves when they meet a layer, before anything is timed. Liger compiles and times some 250 kernels
 per pair of widths (LIGER_FUSED_MOE_AUTOTUNE=0 takes one of each instead; TRITON_CACHE_AUTOTUNING=1 keeps the choices
 for the next run). SonicMoE's products compile some 80 kernels in QUACK_COMPILE_WORKERS processes, once per machine,
-and time them for every new shape; sonicmoe_few is the same with the choice cut down to FEW_TILES.
+and time them for every new shape; sonicmoe_few is the same with the choice cut down to FEW_TILES, sonicmoe_one
+with the tiles that its products take where nothing is tuned.
 
 All take SwiGLU in Hugging Face's layout, K rows per token, none of them unused; no weight is copied or laid out anew
 for any of them.
@@ -36,7 +37,8 @@ BATCHED_LIMIT = 2**30
 """batched_mm copies the weights of its expert for every row: no more than this many bytes of copies."""
 
 FEW_TILES = ((128, 192, True), (128, 128, True), (256, 128, False), (256, 192, False))
-"""Tiles of SonicMoE's products on Hopper: rows, columns, and whether two groups of warps take turns (pingpong)."""
+"""Tiles of SonicMoE's products on Hopper, its default first: rows, columns, and whether two groups of warps take turns
+(pingpong)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +231,7 @@ PEERS: dict[str, tuple[Callable[[Request], str | None], Callable[[Request], Peer
     ),
     "sonicmoe": (refuse_sonicmoe, sonicmoe),
     "sonicmoe_few": (refuse_sonicmoe_few, functools.partial(sonicmoe, tiles=FEW_TILES)),
+    "sonicmoe_one": (refuse_sonicmoe_few, functools.partial(sonicmoe, tiles=FEW_TILES[:1])),
     "scattermoe": (functools.partial(refuse_missing, package="scattermoe"), scattermoe),
     "liger": (functools.partial(refuse_missing, package="liger_kernel"), liger),
 }

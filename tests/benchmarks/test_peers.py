@@ -17,7 +17,7 @@ from moe_kernels.backends import BACKENDS
 from moe_kernels.testing import Case, assert_close, make_case, run, run_reference
 
 SIZES = {"T": 12, "D": 16, "F": 8, "E": 5, "K": 3}
-ON_CUDA = ("transformers_sonicmoe", "sonicmoe", "sonicmoe_few", "scattermoe", "liger")
+ON_CUDA = ("transformers_sonicmoe", "sonicmoe", "sonicmoe_few", "sonicmoe_one", "scattermoe", "liger")
 
 
 @pytest.fixture
@@ -275,5 +275,5 @@ def test_every_backward_pass_on_cuda_has_its_own_forward_pass_and_lines_come_as_
 
 def test_bench_names_the_contenders_it_knows(load) -> None:
     bench = load("bench_backends")
-    with pytest.raises(ValueError, match="no contender is called mine; known are .*naive.*sonicmoe_few"):
+    with pytest.raises(ValueError, match="no contender is called mine; known are .*naive.*sonicmoe_one"):
         bench.bench(bench.Layer(**SIZES), "fp32", "random", bench.Options(backends=("naive", "mine")))
