@@ -27,6 +27,7 @@ from typing import Literal
 
 import torch
 import tyro
+from cuda_timing import peak_mib, time_on_cuda
 from layers import CARD, LAYERS, Layer, least_ms
 from peers import PEERS, Request, compiling_in_parallel
 from result_rows import append_rows, current_commit, describe_device, driver, print_rows, triton_version
@@ -54,8 +55,6 @@ TOLERANCE = {"fp32": 3e-6, "bf16": 1e-2}
 FLOPS = {"forward": 6, "backward": 12}
 WARMUP_ROUNDS = 2
 CHECKED_TOKENS = 64  # on a CPU, where the reference goes row by row
-FLUSHED_BYTES = 2**28  # written before every pass on CUDA: several times the L2 cache of any card
-CUDA_REPEATS = (5, 200)  # no fewer and no more passes are timed on CUDA
 
 SHAPES = {
     "quickstart": Layer(T=1024, D=256, F=256, E=16, K=2),
@@ -245,44 +244,6 @@ def time_in_turns(running: dict[str, ExpertsBackend], case: Case, shape: Layer, 
             fresh = dataclasses.replace(case, expert_N=draw_rows(skew, shape, generator))
             timings[name].append(time_once(running[name], fresh, options.clock))
     return {name: rows[WARMUP_ROUNDS:] for name, rows in timings.items()}
-
-
-def time_on_cuda(contender: ExpertsBackend, case: Case, repeat_ms: float) -> list[dict[str, float]]:
-    """Return the milliseconds of forward and backward passes, by mode, one entry per pass of each.
-
-    Every backward pass has a forward pass of its own: some of the peers write to what they have saved.
-    """
-    leaves = leaves_of(case)
-    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=case.x_TD.device)
-
-    def one_pass() -> list[torch.cuda.Event]:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
-        flushed.zero_()
-        events[0].record()
-        y_TD = call(contender, case, leaves)
-        events[1].record()
-        flushed.zero_()
-        events[2].record()
-        torch.autograd.grad(y_TD, leaves, case.dy_TD)
-        events[3].record()
-        return events
-
-    def read(passes: list[list[torch.cuda.Event]]) -> list[dict[str, float]]:
-        torch.cuda.synchronize()
-        return [{"forward": a.elapsed_time(b), "backward": c.elapsed_time(d)} for a, b, c, d in passes]
-
-    estimate = read([one_pass() for _ in range(WARMUP_ROUNDS)])[-1]
-    least, most = CUDA_REPEATS
-    repeats = min(max(round(repeat_ms / sum(estimate.values())), least), most)
-    return read([one_pass() for _ in range(repeats)])
-
-
-def peak_mib(contender: ExpertsBackend, case: Case) -> float:
-    """Return how far one forward and backward pass raises the memory in use on the GPU."""
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run(contender, case)
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 2)
 
 
 def measure_on_cuda(

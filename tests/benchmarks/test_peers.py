@@ -252,7 +252,7 @@ def test_every_backward_pass_on_cuda_has_its_own_forward_pass_and_lines_come_as_
     for name in ("memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda: 0)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(bench, "FLUSHED_BYTES", 8)
+    monkeypatch.setattr(load("cuda_timing"), "FLUSHED_BYTES", 8)
     monkeypatch.setitem(bench.PEERS, "liger", (lambda _: None, lambda _: None))
     calls = []
 
@@ -269,7 +269,7 @@ def test_every_backward_pass_on_cuda_has_its_own_forward_pass_and_lines_come_as_
     assert list(measured) == ["mine"] and skipped == {"liger": "RuntimeError: no kernel"}
     assert measured["mine"].times == 7 * [{"forward": 1.0, "backward": 1.0}]
     assert measured["mine"].saved_mib is not None and measured["mine"].peak_mib == 0
-    assert len(calls) == bench.WARMUP_ROUNDS + 7 + 2  # saved bytes and the peak
+    assert len(calls) == load("cuda_timing").WARMUP_PASSES + 7 + 2  # saved bytes and the peak
     assert "mine                     forward 1.000 ms, backward 1.000 ms, 7 passes" in capsys.readouterr().out
 
 
