@@ -7,36 +7,44 @@
 
 On a CPU every timed call gets a routing of its own, as every training step does: what is slow on row counts it has
 not met shows it. Contenders take turns within a round, so that a busy machine slows all alike; `dense` is one dense
-product of as many FLOPs. On CUDA triton's do_bench times one routing, with the L2 cache flushed between the calls.
+product of as many FLOPs. On CUDA one routing is timed, each contender by itself and for as long as --repeat-ms says,
+with the L2 cache flushed before every pass; its line is printed when it is done, the table at the end.
 
-Contenders: BACKENDS, and peers.py. The CUDA half has never been run.
+Answers are checked against the reference in float64: on a CPU on a few tokens of the same widths, as it goes row by
+row; on CUDA on the very case that is timed. So tuners meet no other sizes than those that are timed, and an offset
+too large for its type shows.
+
+Contenders: BACKENDS, and peers.py.
 """
 
 import dataclasses
 import datetime
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
-from layers import LAYERS, Layer, least_ms
-from peers import PEERS, Request
+from cuda_timing import peak_mib, time_on_cuda
+from layers import CARD, LAYERS, Layer, least_ms
+from peers import PEERS, Request, compiling_in_parallel
 from result_rows import append_rows, current_commit, describe_device, driver, print_rows, triton_version
 from torch import Tensor
 
 from moe_kernels.backends import BACKENDS, ExpertsBackend
 from moe_kernels.testing import (
     Case,
+    Result,
     assert_close,
     call,
     leaves_of,
     make_case,
     make_rows,
-    rms_ratio,
     run,
     run_reference,
+    run_reference_by_expert,
     saved_bytes,
 )
 
@@ -46,7 +54,7 @@ TOLERANCE = {"fp32": 3e-6, "bf16": 1e-2}
 # per row, times D x F: three products of that size forward, twice as many backward
 FLOPS = {"forward": 6, "backward": 12}
 WARMUP_ROUNDS = 2
-CHECKED_TOKENS = 64  # the reference goes row by row, so answers are checked on the same widths with fewer tokens
+CHECKED_TOKENS = 64  # on a CPU, where the reference goes row by row
 
 SHAPES = {
     "quickstart": Layer(T=1024, D=256, F=256, E=16, K=2),
@@ -54,6 +62,15 @@ SHAPES = {
     **LAYERS,
 }
 Times = dict[str, list[dict[str, float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What is measured of one contender: milliseconds by mode, one entry per call, and the memory it takes."""
+
+    times: list[dict[str, float]]
+    saved_mib: float | None = None
+    peak_mib: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +122,9 @@ class Options:
     backends: tuple[str, ...] = ()
     """Names of contenders; empty: all that run here."""
     rounds: int = 15
+    """Timed calls of each contender on a CPU."""
+    repeat_ms: float = 200
+    """For how long each contender is timed on CUDA, forward and backward together."""
     device: str = "cpu"
     threads: int = dataclasses.field(default_factory=torch.get_num_threads)
     clock: Literal["wall", "cpu"] = "wall"
@@ -123,40 +143,66 @@ def draw_rows(skew: str, shape: Layer, generator: torch.Generator) -> Tensor:
 
 def draw_case(skew: str, shape: Layer, dtype: str, device: torch.device) -> Case:
     """Return a case of that skew."""
-    case = make_case(T=shape.T, D=shape.D, F=shape.F, E=shape.E, K=shape.K, dtype=DTYPES[dtype], device=device)
+    case = make_case(**shape._asdict(), dtype=DTYPES[dtype], device=device, drawn_on=device)
     return dataclasses.replace(case, expert_N=draw_rows(skew, shape, torch.Generator().manual_seed(1)).to(device))
 
 
-def contenders(
-    shape: Layer, dtype: str, skew: str, device: torch.device, wanted: tuple[str, ...]
-) -> tuple[dict[str, ExpertsBackend], dict[str, str]]:
-    """Return what runs here, output and gradients equal to the reference, by name, and why the others are left out."""
+def note(device: torch.device, text: str) -> None:
+    """Print what is going on, at once, where minutes are dear: a run that is cut short has said how far it came."""
+    if device.type == "cuda":
+        print(f"  {text}", flush=True)
+
+
+def refuse_unknown(wanted: tuple[str, ...]) -> None:
+    """Raise ValueError if one of the names is no contender's."""
     unknown = sorted(set(wanted) - {*BACKENDS, *PEERS})
     if unknown:
         raise ValueError(f"no contender is called {', '.join(unknown)}; known are {', '.join([*BACKENDS, *PEERS])}")
-    request = Request(**shape._asdict(), dtype=DTYPES[dtype], device=device)
-    checked = draw_case(skew, shape._replace(T=min(shape.T, CHECKED_TOKENS)), dtype, device)
-    expected = run_reference(checked)
-    running: dict[str, ExpertsBackend] = {}
-    skipped: dict[str, str] = {}
+
+
+def checked_case(case: Case, shape: Layer, dtype: str, skew: str) -> tuple[Case, Result]:
+    """Return the case that answers are checked on, and the truth for it."""
+    if case.x_TD.is_cuda:
+        return case, run_reference_by_expert(case)
+    few = draw_case(skew, shape._replace(T=min(shape.T, CHECKED_TOKENS)), dtype, case.x_TD.device)
+    return few, run_reference(few)
+
+
+def contenders(
+    request: Request, checked: tuple[Case, Result], dtype: str, wanted: tuple[str, ...], skipped: dict[str, str]
+) -> Iterator[tuple[str, ExpertsBackend]]:
+    """Yield what runs here, output and gradients equal to the reference, by name; add to `skipped` why others do not.
+
+    They come one after another, each checked when it is asked for.
+    """
+    case, expected = checked
     for name in (name for name in (*BACKENDS, *PEERS) if not wanted or name in wanted):
         if name in BACKENDS:
-            reason = BACKENDS[name].refusal(device=device, dtype=DTYPES[dtype], widths=(shape.D, shape.F))
+            reason = BACKENDS[name].refusal(device=request.device, dtype=request.dtype, widths=(request.D, request.F))
         else:
             reason = PEERS[name][0](request)
         if reason is not None:
             skipped[name] = reason
             continue
+        note(request.device, f"{name} is built, tuned and checked")
         try:
             contender = BACKENDS[name] if name in BACKENDS else PEERS[name][1](request)
-            assert_close(run(contender, checked), expected, tolerance=TOLERANCE[dtype])
-        except Exception as error:  # a foreign adapter may fail in any way; our own must not
-            if name in BACKENDS:
+            with compiling_in_parallel(request.device):
+                result = run(contender, case)
+            assert_close(result, expected, tolerance=TOLERANCE[dtype])
+            del result
+        except Exception as error:  # a foreign adapter may fail in any way; our own must not, but by lack of memory
+            if name in BACKENDS and not isinstance(error, torch.OutOfMemoryError):
                 raise
-            skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            skipped[name] = first_line(error)
+            note(request.device, f"{name} is left out: {skipped[name]}")
             continue
-        running[name] = contender
-    return running, skipped
+        yield name, contender
+
+
+def first_line(error: Exception) -> str:
+    """Return kind and first line of an error."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def time_once(contender: ExpertsBackend, case: Case, clock: str) -> dict[str, float]:
@@ -200,58 +246,41 @@ def time_in_turns(running: dict[str, ExpertsBackend], case: Case, shape: Layer, 
     return {name: rows[WARMUP_ROUNDS:] for name, rows in timings.items()}
 
 
-def time_on_cuda(contender: ExpertsBackend, case: Case, first_y_TD: Tensor | None, dtype: str) -> tuple[Times, Tensor]:
-    """Return p20, p50 and p80 in three entries, and y; raises AssertionError if y is not that of the first one."""
-    from triton.testing import do_bench
-
-    leaves = leaves_of(case)
-    y_TD = call(contender, case, leaves)
-    if first_y_TD is not None:  # the answer was checked on few tokens: here, too large an offset would show
-        ratio = rms_ratio(y_TD.detach(), first_y_TD)
-        assert ratio <= 2 * TOLERANCE[dtype], f"y differs from that of the first contender by {ratio:.1e}"
-    quantiles = [0.2, 0.5, 0.8]
-    forward = do_bench(lambda: call(contender, case, leaves), warmup=100, rep=400, quantiles=quantiles)
-    backward = do_bench(
-        lambda: torch.autograd.grad(y_TD, leaves, case.dy_TD, retain_graph=True),
-        warmup=100,
-        rep=400,
-        quantiles=quantiles,
-    )
-    entries = [{"forward": f, "backward": b} for f, b in zip(forward, backward, strict=True)]
-    return {"times": entries}, y_TD.detach()
-
-
-def peak_mib(contender: ExpertsBackend, case: Case) -> float | None:
-    """Return how far one forward and backward pass raises the memory in use, on CUDA."""
-    if not case.x_TD.is_cuda:
-        return None
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run(contender, case)
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 2)
-
-
-def time_all_on_cuda(running: dict[str, ExpertsBackend], case: Case, dtype: str, skipped: dict[str, str]) -> Times:
-    """Return the timings of every contender that gets through; the others are added to `skipped`."""
-    timings: Times = {}
-    first_y_TD = None
-    for name, contender in running.items():
+def measure_on_cuda(
+    running: Iterator[tuple[str, ExpertsBackend]], case: Case, options: Options, skipped: dict[str, str]
+) -> dict[str, Measured]:
+    """Return what is measured of every contender that gets through; the others are added to `skipped`."""
+    measured: dict[str, Measured] = {}
+    start = time.perf_counter()
+    for name, contender in running:
+        checked_after = time.perf_counter() - start
         try:
-            timing, y_TD = time_on_cuda(contender, case, first_y_TD, dtype)
+            times = time_on_cuda(contender, case, options.repeat_ms)
+            entry = Measured(times, round(saved_bytes(contender, case) / 2**20, 2), peak_mib(contender, case))
         except Exception as error:  # too large for the card, or a foreign adapter that fails: named, and left out
             if name in BACKENDS and not isinstance(error, torch.OutOfMemoryError):
                 raise
-            skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            skipped[name] = first_line(error)
             torch.cuda.empty_cache()
             continue
-        timings[name], first_y_TD = timing["times"], y_TD if first_y_TD is None else first_y_TD
-    return timings
+        measured[name] = entry
+        forward_ms, backward_ms = (statistics.median(time[mode] for time in times) for mode in FLOPS)
+        note(
+            torch.device(options.device),
+            f"{name:<24} forward {forward_ms:.3f} ms, backward {backward_ms:.3f} ms, {len(times)} passes, "
+            f"saved {entry.saved_mib} MiB, peak {entry.peak_mib} MiB; built and checked in {checked_after:.1f} s, "
+            f"measured in {time.perf_counter() - start - checked_after:.1f} s",
+        )
+        start = time.perf_counter()
+    return measured
 
 
 def paired(rows: list[dict[str, float]], others: list[dict[str, float]] | None, mode: str) -> float | None:
-    """Return the median over the rounds of the first time divided by the second."""
+    """Return the median over the rounds of the first time divided by the second; on CUDA, there are no rounds."""
     if others is None:
         return None
+    if len(rows) != len(others):
+        return statistics.median(row[mode] for row in rows) / statistics.median(other[mode] for other in others)
     return statistics.median(row[mode] / other[mode] for row, other in zip(rows, others, strict=True))
 
 
@@ -259,21 +288,32 @@ def bench(shape: Layer, dtype: str, skew: str, options: Options) -> tuple[list[R
     """Return the rows of all contenders on one shape, checked before they are timed, and why others are missing."""
     device = torch.device(options.device)
     is_cuda = device.type == "cuda"
-    running, skipped = contenders(shape, dtype, skew, device, options.backends)
-    case = draw_case(skew, shape, dtype, device)
+    refuse_unknown(options.backends)
     if is_cuda:
-        timings = time_all_on_cuda(running, case, dtype, skipped)
+        print(f"\n{shape} {dtype} {skew}", flush=True)
+    start = time.perf_counter()
+    case = draw_case(skew, shape, dtype, device)
+    checked = checked_case(case, shape, dtype, skew)
+    request = Request(**shape._asdict(), dtype=DTYPES[dtype], device=device)
+    skipped: dict[str, str] = {}
+    running = contenders(request, checked, dtype, options.backends, skipped)
+    if is_cuda:
+        torch.cuda.synchronize()
+        note(device, f"case and reference after {time.perf_counter() - start:.1f} s")
+        measured = measure_on_cuda(running, case, options, skipped)
     else:
-        timings = time_in_turns(running, case, shape, skew, options)
+        on_cpu = dict(running)
+        timings = time_in_turns(on_cpu, case, shape, skew, options)
+        saved = {name: round(saved_bytes(contender, case) / 2**20, 2) for name, contender in on_cpu.items()}
+        measured = {name: Measured(times, saved.get(name)) for name, times in timings.items()}
+    is_measured_card = is_cuda and CARD in describe_device(device)
     rows = []
-    for name, times in timings.items():
-        contender = running.get(name)
-        saved = None if contender is None else round(saved_bytes(contender, case) / 2**20, 2)
-        peak = None if contender is None else peak_mib(contender, case)
+    for name, entry in measured.items():
         for mode, flops in FLOPS.items():
-            ordered = sorted(entry[mode] for entry in times)
+            ordered = sorted(times[mode] for times in entry.times)
             p20_ms, p50_ms, p80_ms = (ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8))
-            to_naive, to_dense = (paired(times, timings.get(other), mode) for other in ("naive", "dense"))
+            others = (measured.get(other) for other in ("naive", "dense"))
+            to_naive, to_dense = (paired(entry.times, other and other.times, mode) for other in others)
             row = Row(
                 date=datetime.date.today().isoformat(),
                 commit=current_commit(),
@@ -294,9 +334,9 @@ def bench(shape: Layer, dtype: str, skew: str, options: Options) -> tuple[list[R
                 ratio_to_naive=None if to_naive is None else round(to_naive, 3),
                 gflops=round(flops * shape.T * shape.K * shape.D * shape.F / p50_ms / 1e6, 1),
                 percent_of_dense=None if to_dense is None else round(100 / to_dense, 1),
-                percent_of_least=round(100 * least_ms(shape, mode) / p50_ms, 1) if is_cuda else None,
-                saved_mib=saved,
-                peak_mib=peak,
+                percent_of_least=round(100 * least_ms(shape, mode) / p50_ms, 1) if is_measured_card else None,
+                saved_mib=entry.saved_mib,
+                peak_mib=entry.peak_mib,
             )
             rows.append(row)
     return rows, skipped
@@ -305,10 +345,13 @@ def bench(shape: Layer, dtype: str, skew: str, options: Options) -> tuple[list[R
 def print_saved(shape: Layer, dtype: str, options: Options) -> None:
     """Print the bytes that every contender keeps per token for the backward pass, beside its arguments."""
     device = torch.device(options.device)
-    running, skipped = contenders(shape, dtype, "random", device, options.backends)
+    refuse_unknown(options.backends)
     case = draw_case("random", shape, dtype, device)
+    checked = checked_case(case, shape, dtype, "random")
+    request = Request(**shape._asdict(), dtype=DTYPES[dtype], device=device)
+    skipped: dict[str, str] = {}
     print(f"\n{shape} {dtype}: bytes kept per token, beside x, the weights and the routing")
-    for name, contender in running.items():
+    for name, contender in contenders(request, checked, dtype, options.backends, skipped):
         print(f"  {name:<24} {saved_bytes(contender, case) / shape.T:>12,.0f}")
     for name, reason in skipped.items():
         print(f"  {name:<24} skipped: {reason}")

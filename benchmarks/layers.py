@@ -5,8 +5,9 @@ Letters: T tokens, D width, F expert hidden width, E experts, K experts per toke
 
 from typing import NamedTuple
 
-# H200, measured: a dense bf16 product of 8192^3 on random data (894 on zeros, which draw less power), and a copy
-PEAK_TFLOPS, PEAK_TB_PER_S = 790.0, 4.3
+# measured on the card whose name holds CARD: a dense bf16 product of 8192^3 on random data (894 on zeros, which draw
+# less power), and a copy
+CARD, PEAK_TFLOPS, PEAK_TB_PER_S = "H200", 790.0, 4.3
 
 
 class Layer(NamedTuple):

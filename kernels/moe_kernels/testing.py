@@ -119,20 +119,25 @@ def make_case(
     seed: int = 0,
     spec: ExpertSpec = PLAIN,
     biases: bool = False,
+    drawn_on: torch.device | str = "cpu",
 ) -> Case:
     """Return a case with seeded data, the same for every dtype up to rounding; weight_N lies in 0.1..1.1.
 
-    Layouts of one activation hold the same experts. For gpt_oss the first product is 4 times as large as for the
-    others, so that one in 25 gates and one in 12 ups lie beyond the limits at which they are held.
+    Another device in `drawn_on` draws other numbers, but rows and weight_N are always drawn on the CPU: drawing the
+    weights of 128 wide experts takes a CPU a minute, a GPU none. Layouts of one activation hold the same experts. For
+    gpt_oss the first product is 4 times as large as for the others, so that one in 25 gates and one in 12 ups lie
+    beyond the limits at which they are held.
     """
     generator = torch.Generator().manual_seed(seed)
+    drawn_on = torch.device(drawn_on)
+    normal_generator = generator if drawn_on.type == "cpu" else torch.Generator(drawn_on).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=normal_generator, dtype=torch.float64, device=drawn_on)
 
     token_N, expert_N = make_rows(routing, T=T, E=E, K=K, generator=generator)
     weight_N = 0.1 + torch.rand(token_N.numel(), generator=generator, dtype=torch.float64)
-    scale_E11 = 2.0 ** (torch.arange(E) % 4).view(E, 1, 1)
+    scale_E11 = 2.0 ** (torch.arange(E, device=drawn_on) % 4).view(E, 1, 1)
     H, size = spec.halves * F, 4.0 if spec.activation == "gpt_oss" else 1.0
     x_TD, gate_up_EHD, down_EDF = normal(T, D), normal(E, H, D) / D**0.5 * size, normal(E, D, F) / F**0.5 * scale_E11
     dy_TD = normal(T, D)
@@ -205,6 +210,35 @@ def run_reference(case: Case) -> Result:
     if not y_TD.requires_grad:  # no row is in use, so y depends on nothing
         return _result(case, y_TD, [torch.zeros_like(leaf) for leaf in leaves])
     return _result(case, y_TD, torch.autograd.grad(y_TD, leaves, case.dy_TD.double(), materialize_grads=True))
+
+
+def run_reference_by_expert(case: Case) -> Result:
+    """Return what run_reference does up to rounding, one expert at a time instead of one row: for large cases on a GPU.
+
+    No more than one expert's intermediates are alive at once; only the gradients of the weights are as large as they.
+    """
+    x_TD, weight_N, dy_TD = case.x_TD.double(), case.weight_N.double(), case.dy_TD.double()
+    y_TD, dx_TD, dweight_N = torch.zeros_like(x_TD), torch.zeros_like(x_TD), torch.zeros_like(weight_N)
+    parameters = {name: getattr(case, name) for name in LEAVES[2:] if getattr(case, name) is not None}
+    gradients = {f"d{name}": torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
+    for expert in range(case.down_EDF.shape[0]):
+        row_R = (case.expert_N == expert).nonzero()[:, 0]
+        token_R = case.token_N[row_R]
+        x_RD, weight_R = x_TD[token_R].requires_grad_(), weight_N[row_R].requires_grad_()
+        own = {name: value[expert].double().requires_grad_() for name, value in parameters.items()}
+        gate_up_HD, down_DF = own["gate_up_E2FD"], own["down_EDF"]
+        if case.spec.weights == "in_out":
+            gate_up_HD, down_DF = gate_up_HD.T, down_DF.T
+        h_RH = x_RD @ gate_up_HD.T + own.get("gate_up_bias_E2F", 0)
+        out_RD = reference.activation(h_RH, case.spec) @ down_DF.T + own.get("down_bias_ED", 0)
+        y_RD = weight_R[:, None] * out_RD
+        dx_RD, dweight_R, *own_gradients = torch.autograd.grad(y_RD, [x_RD, weight_R, *own.values()], dy_TD[token_R])
+        y_TD.index_add_(0, token_R, y_RD.detach())
+        dx_TD.index_add_(0, token_R, dx_RD)
+        dweight_N[row_R] = dweight_R
+        for name, gradient in zip(own, own_gradients, strict=True):
+            gradients[f"d{name}"][expert] = gradient
+    return Result(y_TD, dx_TD, dweight_N, **gradients)
 
 
 def run_mirrored(case: Case, *, rounds_da: bool = True) -> Result:

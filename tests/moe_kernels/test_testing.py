@@ -19,6 +19,7 @@ from moe_kernels.testing import (
     run,
     run_mirrored,
     run_reference,
+    run_reference_by_expert,
 )
 
 
@@ -71,6 +72,23 @@ def test_mirrored_result_without_rounding_is_the_reference(activation, biases: b
     ):
         case = make_case("some_unused", T=19, D=17, F=13, E=5, K=3, dtype=torch.float64, spec=spec, biases=biases)
         assert_close(run_mirrored(case, rounds_da=rounds_da), run_reference(case), tolerance=1e-13)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_reference_by_expert_is_the_reference_for_every_routing(routing: str) -> None:
+    case = make_case(routing, T=19, D=17, F=13, E=5, K=3, dtype=torch.bfloat16)
+    assert_close(run_reference_by_expert(case), run_reference(case), tolerance=1e-13)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "relu2", "gpt_oss"])
+def test_reference_by_expert_is_the_reference_for_every_spec(activation, biases: bool) -> None:
+    for spec in (
+        ExpertSpec(activation=activation),
+        ExpertSpec(activation=activation, gate_up="interleaved", weights="in_out"),
+    ):
+        case = make_case("some_unused", T=19, D=17, F=13, E=5, K=3, spec=spec, biases=biases)
+        assert_close(run_reference_by_expert(case), run_reference(case), tolerance=1e-13)
 
 
 def test_mirrored_result_rounds_the_gradient_of_the_activation_only_when_told() -> None:
