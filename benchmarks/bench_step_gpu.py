@@ -62,7 +62,9 @@ class Options:
 
     layers: int = 4
     sequences: int = 4
-    """Of one micro-batch, which is the step."""
+    """Of one micro-batch."""
+    micro_batches: int = 1
+    """Of one step, whose gradients are summed. The published batch has 32 of 4 sequences on each of 8 GPUs."""
     length: int = 4096
     rounds: int = 16
     """Timed steps of each kind."""
@@ -98,7 +100,8 @@ class Row:
     triton: str
     transformers: str
     layers: int
-    sequences: int
+    micro_batches: int
+    sequences: int  # of the whole step
     length: int
     contender: str
     balance_coefficient: float | None  # None: no statistics either
@@ -158,9 +161,11 @@ def make_config(options: Options) -> ModelConfig:
 
 
 def make_tokens(seed: int, config: ModelConfig, options: Options) -> Tensor:
-    """Return random tokens [sequences, length + 1] on the host."""
+    """Return random tokens [micro_batches * sequences, length + 1] on the host."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(config.vocab_size, (options.sequences, options.length + 1), generator=generator)
+    return torch.randint(
+        config.vocab_size, (options.micro_batches * options.sequences, options.length + 1), generator=generator
+    )
 
 
 def dense_tflops(device: torch.device, size: int = 8192, repeats: int = 20) -> float:
@@ -271,8 +276,9 @@ class Bench:
     def build(self, name: str) -> Contender:
         """Return the contender of that name."""
         if name == "ours":
-            return ours(self.config, self.device, "segments" if self.device.type == "cpu" else "triton")
-        return theirs(self.config, self.device, name)
+            backend = "segments" if self.device.type == "cpu" else "triton"
+            return ours(self.config, self.device, backend, self.options.micro_batches)
+        return theirs(self.config, self.device, name, self.options.micro_batches)
 
     def tokens(self, seed: int) -> Tensor:
         """Return random tokens on the host."""
@@ -291,7 +297,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats(device)
         times = measure(contender, options.rounds, self.tokens, device)
         peak = (torch.cuda.max_memory_allocated(device) - before) / 2**30 if on_gpu else None
-        flops = step_flops(self.config, sequences=options.sequences, length=options.length)
+        flops = step_flops(self.config, sequences=self.stamp["sequences"], length=options.length)
         rows = make_rows(contender, times, self.stamp, flops=flops, dense=self.dense, peak=peak)
         self.show(rows, times)
         if options.machine:
@@ -340,7 +346,8 @@ def show_expected(config: ModelConfig, options: Options) -> None:
         f"{config.num_hidden_layers} layers, {counted.total / 1e9:.3f} B parameters, {counted.active / 1e9:.3f} active"
     )
     tokens = options.sequences * options.length
-    print(f"{step_flops(config, sequences=options.sequences, length=options.length) / 1e12:.2f} TFLOP a step")
+    sequences = options.micro_batches * options.sequences
+    print(f"{step_flops(config, sequences=sequences, length=options.length) / 1e12:.2f} TFLOP a step")
     parts = expected_memory(config, tokens)
     parts["sum"] = (sum(a for a, _ in parts.values()), sum(b for _, b in parts.values()))
     print(f"{'expected memory, GiB':26s}{'ours':>8s}{'transformers':>14s}")
@@ -365,7 +372,8 @@ def main(options: Options) -> None:
         "commit": options.commit or current_commit(),
         "device": describe_device(device),
         "layers": options.layers,
-        "sequences": options.sequences,
+        "micro_batches": options.micro_batches,
+        "sequences": options.micro_batches * options.sequences,
         "length": options.length,
     }
     bench = Bench(options=options, config=config, device=device, dense=dense, stamp=stamp, started=started)

@@ -73,7 +73,7 @@ class _Unwatched:
         return getattr(self._engine, name)
 
 
-def ours(config: ModelConfig, device: torch.device, backend: str) -> Contender:
+def ours(config: ModelConfig, device: torch.device, backend: str, micro_batches: int = 1) -> Contender:
     """Return our model under its engine, as a recipe runs it on one process."""
     from moe.train.engine import Engine
     from moe.train.step import TrainStep
@@ -94,7 +94,8 @@ def ours(config: ModelConfig, device: torch.device, backend: str) -> Contender:
         train_step = TrainStep(engine=watched, groups=groups, balance=balance, seed=0)
 
         def step(token: Tensor) -> Taken:
-            record = train_step.run([make_batch(token)], step=0, progress=0.0, learning_rate=LEARNING_RATE)
+            batches = [make_batch(part) for part in token.chunk(micro_batches)]
+            record = train_step.run(batches, step=0, progress=0.0, learning_rate=LEARNING_RATE)
             return Taken(record.lm_loss, record.load.max_over_mean if record.load is not None else None)
 
         return step
@@ -128,7 +129,7 @@ def make_batch(token: Tensor) -> Batch:
     )
 
 
-def theirs(config: ModelConfig, device: torch.device, implementation: str) -> Contender:
+def theirs(config: ModelConfig, device: torch.device, implementation: str, micro_batches: int = 1) -> Contender:
     """Return transformers' OLMoE with the same weights, in a plain loop."""
     with torch.device(device):
         model = OlmoeForCausalLM(their_config(config, implementation))
@@ -144,16 +145,18 @@ def theirs(config: ModelConfig, device: torch.device, implementation: str) -> Co
     phases = Phases(device)
 
     def step(token: Tensor) -> Taken:
-        token = token.to(device, non_blocking=True)
-        logits = model(input_ids=token[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), token[:, 1:].flatten())
-        with phases.of("backward"):
-            loss.backward()
+        total = 0.0
+        for part in token.to(device, non_blocking=True).chunk(micro_batches):
+            logits = model(input_ids=part[:, :-1], use_cache=False).logits
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten()) / micro_batches
+            with phases.of("backward"):
+                loss.backward()
+            total = total + loss.detach()
         with phases.of("update"):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        return Taken(loss.item())
+        return Taken(float(total))
 
     return Contender(f"transformers {implementation}", {None: step}, phases, lambda: None)
 

@@ -61,6 +61,7 @@ class PartRow:
     commit: str
     device: str
     layers: int
+    micro_batches: int
     sequences: int
     length: int
     contender: str

@@ -19,6 +19,17 @@ from moe_kernels.tiles import Tile
 
 
 @triton.jit
+def load_hidden(row_ptr, is_row, column, F: tl.constexpr, HALVES: tl.constexpr):
+    """Return (gate, up) of these columns of H; the gate twice where there is no other half."""
+    mask = is_row[:, None] & (column < F)[None, :]
+    gate = tl.load(row_ptr + column[None, :], mask=mask, other=0.0)
+    up = gate
+    if HALVES == 2:
+        up = tl.load(row_ptr + F + column[None, :], mask=mask, other=0.0)
+    return gate, up
+
+
+@triton.jit
 def experts_bwd_down_kernel(
     dy_ptr,
     weight_ptr,
@@ -73,6 +84,12 @@ def experts_bwd_down_kernel(
         dy_row_ptr = dy_ptr + token.to(tl.int64)[:, None] * stride_dy
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         weight_row_ptr = weight_ptr + expert.to(tl.int64) * stride_expert + column.to(tl.int64)[None, :] * stride_n
+        position = (start + lane_m).to(tl.int64)
+        is_row = position < stop
+        hidden_row_ptr = hidden_ptr + position[:, None] * (HALVES * F)
+        WIDTH: tl.constexpr = BLOCK_N // SUB_TILES
+        # each piece of H is asked for before the one ahead of it is worked on
+        next_gate, next_up = load_hidden(hidden_row_ptr, is_row, tile_n * BLOCK_N + tl.arange(0, WIDTH), F, HALVES)
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         for k in range(0, D, BLOCK_K):
             if D % BLOCK_K == 0:
@@ -89,21 +106,17 @@ def experts_bwd_down_kernel(
                 place = weight_row_ptr + (k + lane_k).to(tl.int64)[:, None] * stride_k
                 weight = tl.load(place, mask=(lane_k < D - k)[:, None] & (column < F)[None, :], other=0.0)
             acc = tl.dot(dy, weight, acc, input_precision=PRECISION, out_dtype=ACC)
-        position = (start + lane_m).to(tl.int64)
-        is_row = position < stop
         row = tl.load(row_ptr + position, mask=is_row, other=0)
         row_weight = tl.load(row_weight_ptr + row, mask=is_row, other=0.0).to(ACC)[:, None]
         pieces = split_columns(acc, SUB_TILES)
-        WIDTH: tl.constexpr = BLOCK_N // SUB_TILES
         part = tl.zeros((BLOCK_M,), ACC)
         for i in tl.static_range(SUB_TILES):
             column = tile_n * BLOCK_N + i * WIDTH + tl.arange(0, WIDTH)
             mask = is_row[:, None] & (column < F)[None, :]
-            place = hidden_ptr + position[:, None] * (HALVES * F) + column[None, :]
-            gate = tl.load(place, mask=mask, other=0.0).to(ACC)
-            up = gate
-            if HALVES == 2:
-                up = tl.load(place + F, mask=mask, other=0.0).to(ACC)
+            gate = next_gate.to(ACC)
+            up = next_up.to(ACC)
+            if i + 1 < SUB_TILES:
+                next_gate, next_up = load_hidden(hidden_row_ptr, is_row, column + WIDTH, F, HALVES)
             a = activate(gate, up, ACTIVATION)
             part += tl.sum(tl.where(mask, pieces[i] * a, 0.0), axis=1)
             dgate, dup = activate_backward(pieces[i] * row_weight, gate, up, ACTIVATION)
@@ -190,7 +203,7 @@ def down_bwd(
         D=D, F=F, HALVES=halves, ACTIVATION=spec.activation, IS_K_INNER=weights.is_k_inner, USE_TMA=use_tma,
         FLATTEN=tile.flatten, SUB_TILES=tile.sub_tiles,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        **formats, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **formats, **tile.launch_options(),
     )  # fmt: skip
     if bias_ED is not None:
         block_d = min(64, triton.next_power_of_2(D))

@@ -219,6 +219,6 @@ def up(
         IS_K_INNER=weights.is_k_inner, IS_PAIRED=spec.is_paired, USE_TMA=weight_desc is not None, FLATTEN=tile.flatten,
         SUB_TILES=tile.sub_tiles,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        **launch.formats(x_TD.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **launch.formats(x_TD.dtype), **tile.launch_options(),
     )  # fmt: skip
     return h_NH, a_NF

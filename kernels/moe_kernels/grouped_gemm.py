@@ -118,7 +118,9 @@ def grouped_matmul_fwd_kernel(
             k = step % NUM_K * BLOCK_K
             is_k = lane_k < K - k
             if USE_TMA and not GATHER:
-                a = a_desc.load([start, half, k]).reshape(BLOCK_M, BLOCK_K)
+                # two dimensions: a reshaped box would go to the product through registers. Where K is no multiple of
+                # BLOCK_K the box takes columns of the next half along; the weights of those are read as zeros
+                a = a_desc.load([start, half * K + k])
             elif K % BLOCK_K == 0:
                 a = tl.load(a_row_ptr + (half * K + k + lane_k)[None, :])
             else:
@@ -167,13 +169,13 @@ def grouped_matmul(
     y_RN = a_RK.new_empty(schedule.row_N.numel(), N)
     if not y_RN.numel():
         return y_RN
-    use_tma = tile.use_tma and weights.can_be_described() and launch.can_describe(a_RK, strides=(a_RK.stride(0), K))
+    use_tma = tile.use_tma and weights.can_be_described() and launch.can_describe(a_RK, strides=(a_RK.stride(0),))
     a_desc = weight_desc = None
     if use_tma:
         weight_desc = weights.describe((1, 1, tile.block_n, tile.block_k))
         if gather_N is None:
-            a_shape = [a_RK.shape[0], halves, K]
-            a_desc = launch.describe(a_RK, a_shape, [a_RK.stride(0), K, 1], [tile.block_m, 1, tile.block_k])
+            strides = [a_RK.stride(0), 1]
+            a_desc = launch.describe(a_RK, list(a_RK.shape), strides, [tile.block_m, tile.block_k])
     num_tiles = schedule.tile_expert_M.numel() * launch.cdiv(N, tile.block_n)
     grouped_matmul_fwd_kernel[(launch.num_programs(a_RK.device, num_tiles, tile.per_sm),)](
         a_RK, a_desc, weights.tensor, weight_desc, bias_EN, y_RN, gather_N,
@@ -182,7 +184,7 @@ def grouped_matmul(
         N=N, K=K, HALVES=halves, GATHER=gather_N is not None, IS_K_INNER=weights.is_k_inner,
         USE_TMA=use_tma, FLATTEN=tile.flatten, SUB_TILES=tile.sub_tiles,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        **launch.formats(a_RK.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **launch.formats(a_RK.dtype), **tile.launch_options(),
     )  # fmt: skip
     return y_RN
 
@@ -190,7 +192,9 @@ def grouped_matmul(
 @triton.jit
 def grouped_matmul_bwd_weight_kernel(
     p_ptr,
+    p_desc,
     q_ptr,
+    q_desc,
     out_ptr,
     gather_ptr,
     offset_ptr,
@@ -205,6 +209,7 @@ def grouped_matmul_bwd_weight_kernel(
     GATHER_P: tl.constexpr,
     GATHER_Q: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    USE_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -220,8 +225,10 @@ def grouped_matmul_bwd_weight_kernel(
     expert = tl.program_id(0) // (HALVES * NUM_M * NUM_N)
     tile = tl.program_id(0) % (HALVES * NUM_M * NUM_N)
     half = tile // (NUM_M * NUM_N)
-    m = tile // NUM_N % NUM_M * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile % NUM_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_m = tile // NUM_N % NUM_M * BLOCK_M
+    first_n = tile % NUM_N * BLOCK_N
+    m = first_m + tl.arange(0, BLOCK_M)
+    n = first_n + tl.arange(0, BLOCK_N)
     start = tl.load(offset_ptr + expert)
     stop = tl.load(offset_ptr + expert + 1)
     lane_k = tl.arange(0, BLOCK_K)
@@ -232,19 +239,32 @@ def grouped_matmul_bwd_weight_kernel(
     q_column_ptr = q_ptr + n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     whole = start + (stop - start) // BLOCK_K * BLOCK_K
+    # tokens are read one step ahead: looked up in the step that uses them, they would take a stage of the pipeline
+    token = start + lane_k
+    if GATHER_P or GATHER_Q:
+        token = tl.load(gather_ptr + token, mask=token < stop, other=0)
     for r in range(start, whole, BLOCK_K):
         row_p = r + lane_k
         row_q = row_p
         if GATHER_P:
-            row_p = tl.load(gather_ptr + row_p)
+            row_p = token
         if GATHER_Q:
-            row_q = tl.load(gather_ptr + row_q)
-        if IS_EVEN:
+            row_q = token
+        if USE_TMA and not GATHER_P:
+            p = p_desc.load([r, half * M + first_m])
+        elif IS_EVEN:
             p = tl.load(p_column_ptr + row_p.to(tl.int64)[:, None] * stride_p)
-            q = tl.load(q_column_ptr + row_q.to(tl.int64)[:, None] * stride_q)
         else:
             p = tl.load(p_column_ptr + row_p.to(tl.int64)[:, None] * stride_p, mask=is_m, other=0.0)
+        if USE_TMA and not GATHER_Q:
+            q = q_desc.load([r, first_n])
+        elif IS_EVEN:
+            q = tl.load(q_column_ptr + row_q.to(tl.int64)[:, None] * stride_q)
+        else:
             q = tl.load(q_column_ptr + row_q.to(tl.int64)[:, None] * stride_q, mask=is_n, other=0.0)
+        if GATHER_P or GATHER_Q:
+            following = r + BLOCK_K + lane_k
+            token = tl.load(gather_ptr + following, mask=following < stop, other=0)
         acc = tl.dot(p.T, q, acc, input_precision=PRECISION, out_dtype=ACC)
     if whole < stop:
         # both operands are masked: the next expert's rows must not count, and 0 * NaN is NaN
@@ -285,12 +305,21 @@ def grouped_matmul_bwd_weight(
     assert out.strides[3] == 1
     if not out.tensor.numel():
         return
+    # a box that crosses M reads columns of the next half, or zeros: those rows of the product are not stored
+    contiguous = [rows for rows, is_gathered in ((p_RM, gather_p), (q_RN, gather_q)) if not is_gathered]
+    use_tma = tile.use_tma and all(launch.can_describe(rows, strides=(rows.stride(0),)) for rows in contiguous)
+    p_desc = q_desc = None
+    if use_tma and not gather_p:
+        p_desc = launch.describe(p_RM, list(p_RM.shape), [p_RM.stride(0), 1], [tile.block_k, tile.block_m])
+    if use_tma and not gather_q:
+        q_desc = launch.describe(q_RN, list(q_RN.shape), [q_RN.stride(0), 1], [tile.block_k, tile.block_n])
     grid = E * halves * launch.cdiv(M, tile.block_m) * launch.cdiv(N, tile.block_n)
     grouped_matmul_bwd_weight_kernel[(grid,)](
-        p_RM, q_RN, out.tensor, schedule.token_N, schedule.offset_E1, p_RM.stride(0), q_RN.stride(0), *out.strides[:3],
+        p_RM, p_desc, q_RN, q_desc, out.tensor, schedule.token_N, schedule.offset_E1,
+        p_RM.stride(0), q_RN.stride(0), *out.strides[:3],
         M=M, N=N, HALVES=halves, GATHER_P=gather_p, GATHER_Q=gather_q, ACCUMULATE=accumulate,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        **launch.formats(p_RM.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        USE_TMA=use_tma, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        **launch.formats(p_RM.dtype), **tile.launch_options(),
     )  # fmt: skip
 
 

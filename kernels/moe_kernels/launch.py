@@ -21,6 +21,8 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# torch.compile takes what it returns as it is
+@torch.compiler.assume_constant_result
 @functools.cache
 def arch_of(device: torch.device) -> str:
     """Return "interpreter", or the kind of the GPU as the table of tiles names it: "sm_90", "gfx942"."""

@@ -23,7 +23,8 @@ class Tile:
 
     block_n counts columns of the product, gate and up columns alike; for weight_bwd, block_m and block_n are the
     sides of a tile of the weight and block_k the rows it takes at a time. sub_tiles: into how many pieces of its
-    columns the epilogue is cut: 1, 2, 4 or 8. per_sm: programs per multiprocessor.
+    columns the epilogue is cut: 1, 2, 4 or 8. per_sm: programs per multiprocessor. max_registers: of a thread, where
+    the compiler would take more and so keep a second program off the multiprocessor; 0 leaves it to the compiler.
     """
 
     block_m: int
@@ -35,6 +36,12 @@ class Tile:
     flatten: bool = False
     sub_tiles: int = 1
     per_sm: int = 1
+    max_registers: int = 0
+
+    def launch_options(self) -> dict[str, int]:
+        """Return what the compiler is told of this tile."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | {"maxnreg": self.max_registers} if self.max_registers else options
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moe.blocks.fuse import fused_on_gpu
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -134,6 +136,7 @@ def rotation(
     return scaling.amplitude * angle_Sc.cos(), scaling.amplitude * angle_Sc.sin()
 
 
+@fused_on_gpu
 def rotate(x_BHSd: Tensor, cos_BSc: Tensor, sin_BSc: Tensor) -> Tensor:
     """Return the heads turned by their positions, dtype of x; computed in float32 or wider.
 

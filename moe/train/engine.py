@@ -83,6 +83,8 @@ class Engine:
                 config=_deepspeed_config(self.zero_stage, parallel.dtype, optimizer.max_grad_norm),
             )
         self._engine: Any = engine
+        if hasattr(engine.optimizer, "_update_hp_grad"):
+            _sum_gradients_in_one_pass(engine.optimizer)
         if groups.world_size == 1:
             # what is left of DeepSpeed's reduction: a parameter that no loss touched has a gradient of zero
             self._engine.buffered_allreduce_fallback = lambda **_: self._engine._get_gradients_for_reduction()
@@ -190,6 +192,31 @@ def _deepspeed_config(zero_stage: int, dtype: str, max_grad_norm: float) -> dict
             # DeepSpeed would round the accumulated float32 gradients to bfloat16 to sum them over ranks
             config["communication_data_type"] = "fp32"
     return config
+
+
+def _sum_gradients_in_one_pass(optimizer: Any) -> None:
+    """Let DeepSpeed's bfloat16 optimizer add gradients to their float32 sums without a float32 copy of each.
+
+    The first one of a step is copied, as its sum is zero; sums that nothing was added to are not cleared again.
+    """
+    clear_sums = optimizer.clear_hp_grads
+
+    def add(parameter: nn.Parameter, group: int, index: int, clears_gradient: bool) -> None:
+        if parameter.grad is None:
+            return
+        total, was_added = optimizer.fp32_groups_gradients[group][index], optimizer.fp32_groups_has_gradients[group]
+        gradient = parameter.grad.detach().view(total.shape)
+        total.add_(gradient) if was_added[index] else total.copy_(gradient)
+        parameter._hp_grad = total  # pyright: ignore[reportAttributeAccessIssue]
+        was_added[index] = True
+        if clears_gradient:
+            parameter.grad.zero_()
+
+    def clear() -> None:
+        if any(any(was_added) for was_added in optimizer.fp32_groups_has_gradients):
+            clear_sums()
+
+    optimizer._update_hp_grad, optimizer.clear_hp_grads = add, clear
 
 
 def _switch_off_shared_memory_op() -> None:

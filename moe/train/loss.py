@@ -15,6 +15,7 @@ from moe.balance.domains import DomainSums
 from moe.balance.load import BalanceConfig, GlobalLoad
 from moe.balance.losses import frequency, load_balancing_loss, z_loss
 from moe.balance.statistics import RouterStatistics
+from moe.blocks.fuse import fused_on_gpu
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,8 +31,14 @@ class LossTerms:
 def language_model_loss(logits_BSV: Tensor, label_BS: Tensor, valid_BS: Tensor) -> Tensor:
     """Return the sum of the cross-entropy in nats over valid tokens; scalar, float32 (float64 for a float64 model)."""
     target_T = torch.where(valid_BS, label_BS, -100).flatten()
-    wide = torch.promote_types(logits_BSV.dtype, torch.float32)
-    return F.cross_entropy(logits_BSV.flatten(0, 1).to(wide), target_T, ignore_index=-100, reduction="sum")
+    return _cross_entropy_sum(logits_BSV.flatten(0, 1), target_T)
+
+
+@fused_on_gpu
+def _cross_entropy_sum(logits_TV: Tensor, target_T: Tensor) -> Tensor:
+    # fused, no float32 copy of the logits is made: several GB in a large vocabulary
+    wide = torch.promote_types(logits_TV.dtype, torch.float32)
+    return F.cross_entropy(logits_TV.to(wide), target_T, ignore_index=-100, reduction="sum")
 
 
 def micro_batch_loss(

@@ -82,7 +82,16 @@ def test_a_profile_gives_each_kernel_its_phase_and_counts_overlapping_ones_once_
         ("dense products", "backward"): 1.0,
         ("elementwise, copies, sums", "backward"): 1.0,
     }
-    stamp = {"date": "", "commit": "", "device": "", "layers": 1, "sequences": 1, "length": 1, "contender": "ours"}
+    stamp = {
+        "date": "",
+        "commit": "",
+        "device": "",
+        "layers": 1,
+        "micro_batches": 1,
+        "sequences": 1,
+        "length": 1,
+        "contender": "ours",
+    }
     rows = step_profile.part_rows(found, step_ms=5.0, **stamp)
     assert [(row.part, row.ms_per_step, row.percent_of_step) for row in rows if row.part == "GPU idle"] == [
         ("GPU idle", 3.0, 60.0)

@@ -14,9 +14,17 @@ from moe_kernels.backends import BACKENDS, PLAIN
 from moe_kernels.shapes import check_shapes
 from moe_kernels.spec import ExpertSpec
 
+# read once: torch.compile cannot look through find_spec
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 INSTALL = "pip install 'triton>=3.6,<3.8' (3.3 runs too, without TMA)"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OLDEST_GPU = (8, 0)
+
+
+# torch.compile takes what it returns as it is
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 class TritonBackend:
@@ -34,11 +42,11 @@ class TritonBackend:
             if dtype not in DTYPES:
                 return f"it takes {', '.join(str(known) for known in DTYPES)} on a GPU; use backend 'naive'"
             is_nvidia = torch.cuda.is_available() and torch.version.hip is None
-            if is_nvidia and torch.cuda.get_device_capability(device) < OLDEST_GPU:
+            if is_nvidia and _capability(device) < OLDEST_GPU:
                 return "it needs an NVIDIA GPU of compute capability 8.0 or later; use backend 'naive'"
         else:
             return f"it runs on CUDA devices, not on {device.type!r}; use backend 'naive'"
-        if importlib.util.find_spec("triton") is None:
+        if not HAS_TRITON:
             return f"the package triton is not installed: {INSTALL}"
         return None
 
