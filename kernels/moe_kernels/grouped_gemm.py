@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels import launch
-from moe_kernels.parts import split_columns, tile_place
+from moe_kernels.parts import load_segment, split_columns, tile_place
 from moe_kernels.route import Schedule
 from moe_kernels.tiles import Tile
 
@@ -238,7 +238,10 @@ def grouped_matmul_bwd_weight_kernel(
     p_column_ptr = p_ptr + (half * M + m)[None, :]
     q_column_ptr = q_ptr + n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    # a descriptor ends with the segment, so the rest needs no product of its own behind the loop
     whole = start + (stop - start) // BLOCK_K * BLOCK_K
+    if USE_TMA:
+        whole = stop
     # tokens are read one step ahead: looked up in the step that uses them, they would take a stage of the pipeline
     token = start + lane_k
     if GATHER_P or GATHER_Q:
@@ -250,14 +253,20 @@ def grouped_matmul_bwd_weight_kernel(
             row_p = token
         if GATHER_Q:
             row_q = token
-        if USE_TMA and not GATHER_P:
-            p = p_desc.load([r, half * M + first_m])
+        if USE_TMA and GATHER_P:
+            mask = (r + lane_k < stop)[:, None] & is_m
+            p = tl.load(p_column_ptr + row_p.to(tl.int64)[:, None] * stride_p, mask=mask, other=0.0)
+        elif USE_TMA:
+            p = load_segment(p_desc, start, stop - start, r - start, half * M + first_m)
         elif IS_EVEN:
             p = tl.load(p_column_ptr + row_p.to(tl.int64)[:, None] * stride_p)
         else:
             p = tl.load(p_column_ptr + row_p.to(tl.int64)[:, None] * stride_p, mask=is_m, other=0.0)
-        if USE_TMA and not GATHER_Q:
-            q = q_desc.load([r, first_n])
+        if USE_TMA and GATHER_Q:
+            mask = (r + lane_k < stop)[:, None] & is_n
+            q = tl.load(q_column_ptr + row_q.to(tl.int64)[:, None] * stride_q, mask=mask, other=0.0)
+        elif USE_TMA:
+            q = load_segment(q_desc, start, stop - start, r - start, first_n)
         elif IS_EVEN:
             q = tl.load(q_column_ptr + row_q.to(tl.int64)[:, None] * stride_q)
         else:
@@ -266,7 +275,7 @@ def grouped_matmul_bwd_weight_kernel(
             following = r + BLOCK_K + lane_k
             token = tl.load(gather_ptr + following, mask=following < stop, other=0)
         acc = tl.dot(p.T, q, acc, input_precision=PRECISION, out_dtype=ACC)
-    if whole < stop:
+    if not USE_TMA and whole < stop:
         # both operands are masked: the next expert's rows must not count, and 0 * NaN is NaN
         is_k = (whole + lane_k < stop)[:, None]
         row_p = whole + lane_k
@@ -310,9 +319,9 @@ def grouped_matmul_bwd_weight(
     use_tma = tile.use_tma and all(launch.can_describe(rows, strides=(rows.stride(0),)) for rows in contiguous)
     p_desc = q_desc = None
     if use_tma and not gather_p:
-        p_desc = launch.describe(p_RM, list(p_RM.shape), [p_RM.stride(0), 1], [tile.block_k, tile.block_m])
+        p_desc = launch.describe_segments(p_RM, [tile.block_k, tile.block_m])
     if use_tma and not gather_q:
-        q_desc = launch.describe(q_RN, list(q_RN.shape), [q_RN.stride(0), 1], [tile.block_k, tile.block_n])
+        q_desc = launch.describe_segments(q_RN, [tile.block_k, tile.block_n])
     grid = E * halves * launch.cdiv(M, tile.block_m) * launch.cdiv(N, tile.block_n)
     grouped_matmul_bwd_weight_kernel[(grid,)](
         p_RM, p_desc, q_RN, q_desc, out.tensor, schedule.token_N, schedule.offset_E1,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 INTERPRETED_PROGRAMS = 3  # so few that a program takes several tiles and the loop over them is tested
+RAGGED = 2**30  # rows that a tensor read in segments may have; parts.load_segment has it too
 TMA_ALIGNMENT = 16  # bytes, of a descriptor's base and strides
 
 
@@ -78,3 +79,14 @@ def describe(tensor: Tensor, shape: list[int], strides: list[int], block: list[i
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(tensor, shape, strides, block)
+
+
+def describe_segments(rows: Tensor, block: list[int]) -> Any:
+    """Return a TMA descriptor of rows [R, columns] for parts.load_segment, which reads any run of rows as if alone.
+
+    Two dimensions come first whose strides cancel out over 2^64: they move the third, which ends at RAGGED, so that it
+    ends with the segment, and the hardware fills in zeros behind it. Triton's own ragged descriptors do the same.
+    """
+    stride, columns = rows.stride(0), rows.shape[1]
+    shape, strides = [2**31 - 2**16, 2**31 - 2**16, RAGGED, columns], [2**34 - stride, stride, stride, 1]
+    return describe(rows, shape, strides, [1, 1, *block])

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 GROUP = tl.constexpr(8)  # row tiles that share the columns of one expert before the next columns are begun
+RAGGED = tl.constexpr(2**30)  # launch.RAGGED
 LOG2_E = tl.constexpr(1.4426950408889634)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -26,6 +27,16 @@ def tile_place(tile, num_row_tiles, num_column_tiles):
     height = tl.minimum(num_row_tiles - first, GROUP)
     within = tile % per_group
     return first + within % height, within // height
+
+
+@triton.jit
+def load_segment(desc, start, num_rows, row, column):
+    """Return a block of the segment of num_rows rows at start, from its row and column on: zeros past its end.
+
+    `desc` is one of launch.describe_segments: the end of the segment is where its third dimension ends.
+    """
+    block = desc.load([RAGGED, start + num_rows, RAGGED - num_rows + row, column])
+    return block.reshape(block.shape[2], block.shape[3])
 
 
 @triton.jit
