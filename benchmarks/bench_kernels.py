@@ -2,6 +2,8 @@
 
     python benchmarks/bench_kernels.py                                     # prints a table
     python benchmarks/bench_kernels.py --layers olmoe_1b_7b --machine h200  # adds rows to results/kernels_h200.csv
+    ncu --clock-control none --section SpeedOfLight --section MemoryWorkloadAnalysis \
+        python benchmarks/bench_kernels.py --once --layers qwen3_30b_a3b    # what bounds each kernel
 
 The roof of a kernel is the larger of its FLOPs over the speed of a dense product and its bytes over that of a copy,
 both measured in the same run on random data. grouped_mm gets its rows gathered beforehand and does no activation: it
@@ -76,6 +78,8 @@ class Options:
     """Name of an entry of tiles.json; the one that serves the layer if not given."""
     machine: str = ""
     """Name of the kind of machine: rows are added to results/kernels_<machine>.csv. Empty: only print."""
+    once: bool = False
+    """Run every kernel once and time nothing: for profilers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +253,14 @@ def main(options: Options) -> None:
     unknown = sorted(set(options.layers) - set(LAYERS))
     if unknown:
         raise ValueError(f"no layer is called {', '.join(unknown)}; known are {', '.join(LAYERS)}")
+    if options.once:
+        for name in options.layers:
+            for call in calls_of(
+                draw_tensors(LAYERS[name]._replace(T=options.tokens or LAYERS[name].T), options.entry)
+            ).values():
+                call()
+        torch.cuda.synchronize()
+        return
     console = Console(width=120)
     roof = measure_roof()
     console.print(f"roof: {roof[0]:.0f} TFLOP/s dense, {roof[1]:.2f} TB/s copied")

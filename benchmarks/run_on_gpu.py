@@ -32,6 +32,8 @@ from checkout import current_commit
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET_S = 480.0
 LEAST_S = 5.0  # with less left, no part is started
+MODELS = ("--shapes", "qwen3_30b_a3b", "olmoe_1b_7b")
+OTHER_MODELS = ("--shapes", "mixtral_8x7b", "qwen3_next_80b", "gpt_oss_20b", "deepseek_v3_4_local")
 TAIL = 12  # lines of a log that a failure shows
 
 
@@ -77,25 +79,46 @@ def parts(machine: str, python: str = sys.executable) -> tuple[Part, ...]:
     pytest = (python, "-m", "pytest", "-q", "-m", "gpu", "--confcutdir=tests/moe_kernels", *workers)
     smallest = (python, "benchmarks/smallest_layer.py")
     sanitizer = ("compute-sanitizer", "--error-exitcode=1", "--report-api-errors=no", "--tool")
-    backends = ("--device", "cuda", "--dtypes", "bf16", "--shapes", "olmoe_1b_7b", "--tokens", "8192", "32768")
+    # sonicmoe_one is untuned: tuning SonicMoE or Liger takes longer than all of this (docs/performance.md)
+    peers = ("torch_grouped", "transformers_grouped_mm", "scattermoe", "sonicmoe_one")
+    backends = (python, "benchmarks/bench_backends.py", "--machine", machine, "--device", "cuda", "--dtypes", "bf16")
+    step = (python, "benchmarks/bench_step_gpu.py", "--machine", machine)
     return (
-        Part(name="tests", commands=((*pytest, *gpu_test_files(ROOT)),), limit_s=170),
+        Part(name="tests", commands=((*pytest, *gpu_test_files(ROOT)),), limit_s=100),
         Part(
             name="kernels",
             commands=((python, "benchmarks/bench_kernels.py", "--machine", machine),),
-            limit_s=60,
+            limit_s=50,
             results=(f"kernels_{machine}.csv",),
         ),
         Part(
             name="backends",
-            commands=((python, "benchmarks/bench_backends.py", *backends, "--machine", machine),),
-            limit_s=110,
+            commands=(
+                (*backends, *MODELS, "--skews", "random", "skewed", "--backends", "triton", *peers),
+                (
+                    *backends,
+                    *MODELS,
+                    "--tokens",
+                    "2048",
+                    "8192",
+                    "--skews",
+                    "random",
+                    "--backends",
+                    "triton",
+                    *peers[:2],
+                ),
+                (*backends, *MODELS, "--skews", "heavy", "--backends", "triton", *peers[:2]),
+                (*backends, *OTHER_MODELS, "--skews", "random", "--backends", "triton", *peers[:2]),
+                # offsets beyond 2^31: a peer that fails there takes the process with it
+                (*backends, "--shapes", "sonic_30b_n256", "--skews", "random", "--backends", "triton"),
+            ),
+            limit_s=150,
             results=(f"backends_{machine}.csv",),
         ),
         Part(
             name="step",
-            commands=((python, "benchmarks/bench_step_gpu.py", "--machine", machine),),
-            limit_s=70,
+            commands=(step, (*step, "--micro-batches", "8", "--profiled", "0", "--rounds", "4", "--warmup", "1")),
+            limit_s=110,
             results=(f"step_gpu_{machine}.csv", f"step_parts_{machine}.csv"),
             needs=("benchmarks/bench_step_gpu.py",),
         ),

@@ -5,8 +5,8 @@
     python benchmarks/tune_tiles.py --layer qwen3_30b_a3b --tokens 4096        the entry for few rows per expert
 
 Each kernel is tuned alone, the others keep their tiles; one that serves two products is tuned on both. Candidates are
-compiled by many processes first, as a compilation takes longer than a measurement by far. One that does not compile is
-skipped by name; one that gives another answer than the tile of the table is an error.
+compiled by many processes first, as a compilation takes longer than a measurement by far. One that does not compile or
+spills registers is skipped by name; one that gives another answer than the tile of the table is an error.
 """
 
 import concurrent.futures
@@ -29,9 +29,14 @@ from layers import LAYERS, Layer, kernel_work
 from rich.console import Console
 
 from moe_kernels import experts, launch, tiles
-from moe_kernels.experts_down_bwd import down_bwd
-from moe_kernels.experts_up import up
-from moe_kernels.grouped_gemm import grouped_matmul, grouped_matmul_bwd_weight
+from moe_kernels.experts_down_bwd import down_bwd, experts_bwd_down_kernel
+from moe_kernels.experts_up import experts_fwd_up_kernel, up
+from moe_kernels.grouped_gemm import (
+    grouped_matmul,
+    grouped_matmul_bwd_weight,
+    grouped_matmul_bwd_weight_kernel,
+    grouped_matmul_fwd_kernel,
+)
 from moe_kernels.spec import PLAIN
 from moe_kernels.testing import rms_ratio
 from moe_kernels.tiles import TABLE, Tile
@@ -39,6 +44,12 @@ from moe_kernels.tiles import TABLE, Tile
 Call = Callable[[Tile], list[torch.Tensor]]
 # which kernels of layers.kernel_work an entry's kernel does
 WORK = {"up": ("up",), "matmul": ("down", "dX"), "down_bwd": ("down_bwd",), "weight_bwd": ("dW1", "dW2")}
+JITTED = {
+    "up": experts_fwd_up_kernel,
+    "matmul": grouped_matmul_fwd_kernel,
+    "down_bwd": experts_bwd_down_kernel,
+    "weight_bwd": grouped_matmul_bwd_weight_kernel,
+}
 SHARED, REGISTERS = 227 << 10, 65536  # of one multiprocessor of sm_90 and sm_100: bytes, and 32-bit registers
 MOST_REGISTERS = 255  # of one thread
 FINALISTS, ROUNDS = 4, 5  # that are measured again, and how often
@@ -52,7 +63,7 @@ def candidates(kernel: str, block_m: int, use_tma: bool) -> Iterator[Tile]:
     if is_gradient:
         sides = [(128, 128), (128, 256), (256, 128)]
     pieces = (1,) if is_gradient else (4, 8) if kernel == "down_bwd" else (1, 2, 4)
-    flattens = (False,) if is_gradient or kernel == "down_bwd" else (True, False)
+    flattens = (False,) if kernel == "down_bwd" else (True, False)
     for (height, width), depth, stages, per_sm in itertools.product(sides, (64, 128), (2, 3, 4, 5), (1, 2, 3)):
         if (depth == 64) == (stages == 2):  # two deep stages or several shallow ones
             continue
@@ -109,15 +120,21 @@ def calls_of(data: Tensors) -> dict[str, Call]:
     }
 
 
+def num_spills(kernel: str) -> int:
+    """Return the bytes of registers that what was compiled of a kernel so far keeps in memory."""
+    return sum(form.n_spills for cache in JITTED[kernel].device_caches.values() for form in cache[0].values())
+
+
 def compile_tiles(layer: Layer, entry: str, work: list[tuple[str, Tile]]) -> list[str]:
     """Compile the kernels of these tiles into Triton's cache on disk; return what went wrong with each, or nothing."""
     calls = calls_of(draw_tensors(layer._replace(T=COMPILED_TOKENS), entry))
     answers = []
     for kernel, tile in work:
+        before = num_spills(kernel)
         try:
             calls[kernel](tile)
             torch.cuda.synchronize()
-            answers.append("")
+            answers.append("it spills registers" if num_spills(kernel) > before else "")
         except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError, RuntimeError) as error:
             answers.append(f"{type(error).__name__}: {error}".splitlines()[0])
     return answers

@@ -5,6 +5,8 @@ block, each into a place of its own (combine.weight_gradient adds them in order)
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,8 @@ from moe_kernels.parts import activate, activate_backward, split_columns, tile_p
 from moe_kernels.route import Schedule
 from moe_kernels.spec import ExpertSpec
 from moe_kernels.tiles import Tile
+
+WIDEST_GPT_OSS = 128  # columns of a tile: its clamps take registers, and 256 columns spill
 
 
 @triton.jit
@@ -88,8 +92,6 @@ def experts_bwd_down_kernel(
         is_row = position < stop
         hidden_row_ptr = hidden_ptr + position[:, None] * (HALVES * F)
         WIDTH: tl.constexpr = BLOCK_N // SUB_TILES
-        # each piece of H is asked for before the one ahead of it is worked on
-        next_gate, next_up = load_hidden(hidden_row_ptr, is_row, tile_n * BLOCK_N + tl.arange(0, WIDTH), F, HALVES)
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         for k in range(0, D, BLOCK_K):
             if D % BLOCK_K == 0:
@@ -113,10 +115,9 @@ def experts_bwd_down_kernel(
         for i in tl.static_range(SUB_TILES):
             column = tile_n * BLOCK_N + i * WIDTH + tl.arange(0, WIDTH)
             mask = is_row[:, None] & (column < F)[None, :]
-            gate = next_gate.to(ACC)
-            up = next_up.to(ACC)
-            if i + 1 < SUB_TILES:
-                next_gate, next_up = load_hidden(hidden_row_ptr, is_row, column + WIDTH, F, HALVES)
+            gate, up = load_hidden(hidden_row_ptr, is_row, column, F, HALVES)
+            gate = gate.to(ACC)
+            up = up.to(ACC)
             a = activate(gate, up, ACTIVATION)
             part += tl.sum(tl.where(mask, pieces[i] * a, 0.0), axis=1)
             dgate, dup = activate_backward(pieces[i] * row_weight, gate, up, ACTIVATION)
@@ -183,6 +184,8 @@ def down_bwd(
     _, _, F, D = weights.shape
     num_rows = schedule.row_N.numel()
     halves = h_NH.shape[1] // F
+    if spec.activation == "gpt_oss" and tile.block_n > WIDEST_GPT_OSS:
+        tile = replace(tile, block_n=WIDEST_GPT_OSS)
     num_blocks = launch.cdiv(F, tile.block_n)
     num_parts = num_blocks + (bias_ED is not None)
     wide = torch.promote_types(dy_TD.dtype, torch.float32)

@@ -190,6 +190,20 @@ def grouped_matmul(
 
 
 @triton.jit
+def steps_of_program(offset_ptr, num_experts, PER_EXPERT: tl.constexpr, BLOCK_K: tl.constexpr, BINS: tl.constexpr):
+    """Return how many steps of BLOCK_K rows the tiles program, program + programs, ... have: one or more each."""
+    expert = tl.arange(0, BINS)
+    is_expert = expert < num_experts
+    start = tl.load(offset_ptr + expert, mask=is_expert, other=0)
+    stop = tl.load(offset_ptr + expert + 1, mask=is_expert, other=0)
+    steps = tl.maximum(tl.cdiv(stop - start, BLOCK_K), 1)
+    # tiles below the first one of the next expert that are mine, less those below the first one of this expert
+    before = tl.cdiv(tl.maximum(expert * PER_EXPERT - tl.program_id(0), 0), tl.num_programs(0))
+    until = tl.cdiv(tl.maximum((expert + 1) * PER_EXPERT - tl.program_id(0), 0), tl.num_programs(0))
+    return tl.sum(tl.where(is_expert, (until - before) * steps, 0))
+
+
+@triton.jit(do_not_specialize=["num_experts"])
 def grouped_matmul_bwd_weight_kernel(
     p_ptr,
     p_desc,
@@ -198,6 +212,7 @@ def grouped_matmul_bwd_weight_kernel(
     out_ptr,
     gather_ptr,
     offset_ptr,
+    num_experts,
     stride_p,
     stride_q,
     stride_expert,
@@ -210,6 +225,7 @@ def grouped_matmul_bwd_weight_kernel(
     GATHER_Q: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     USE_TMA: tl.constexpr,
+    BINS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -222,77 +238,73 @@ def grouped_matmul_bwd_weight_kernel(
     """
     NUM_M: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     NUM_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    expert = tl.program_id(0) // (HALVES * NUM_M * NUM_N)
-    tile = tl.program_id(0) % (HALVES * NUM_M * NUM_N)
-    half = tile // (NUM_M * NUM_N)
-    first_m = tile // NUM_N % NUM_M * BLOCK_M
-    first_n = tile % NUM_N * BLOCK_N
-    m = first_m + tl.arange(0, BLOCK_M)
-    n = first_n + tl.arange(0, BLOCK_N)
-    start = tl.load(offset_ptr + expert)
-    stop = tl.load(offset_ptr + expert + 1)
+    PER_EXPERT: tl.constexpr = HALVES * NUM_M * NUM_N
+    num_programs = tl.num_programs(0)
     lane_k = tl.arange(0, BLOCK_K)
-    IS_EVEN: tl.constexpr = M % BLOCK_M == 0 and N % BLOCK_N == 0
-    is_m = (m < M)[None, :]
-    is_n = (n < N)[None, :]
-    p_column_ptr = p_ptr + (half * M + m)[None, :]
-    q_column_ptr = q_ptr + n[None, :]
+    lane_m = tl.arange(0, BLOCK_M)
+    lane_n = tl.arange(0, BLOCK_N)
+    # one loop over the steps of all tiles of this program, so that the first loads of a tile are on their way while
+    # the one before it is finished and stored; `flatten` of tl.range cannot join loops of which the inner one differs
+    tile = tl.program_id(0) - num_programs
+    step = 0
+    num_steps = 0
+    half = 0
+    expert = 0
+    start = 0
+    stop = 0
+    first_m = 0
+    first_n = 0
+    token = lane_k
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    # a descriptor ends with the segment, so the rest needs no product of its own behind the loop
-    whole = start + (stop - start) // BLOCK_K * BLOCK_K
-    if USE_TMA:
-        whole = stop
-    # tokens are read one step ahead: looked up in the step that uses them, they would take a stage of the pipeline
-    token = start + lane_k
-    if GATHER_P or GATHER_Q:
-        token = tl.load(gather_ptr + token, mask=token < stop, other=0)
-    for r in range(start, whole, BLOCK_K):
+    for _ in range(0, steps_of_program(offset_ptr, num_experts, PER_EXPERT, BLOCK_K, BINS)):
+        step = tl.where(step + 1 >= num_steps, 0, step + 1)
+        if step == 0:
+            tile += num_programs
+            expert = tile // PER_EXPERT
+            within = tile % PER_EXPERT
+            half = within // (NUM_M * NUM_N)
+            first_m = within // NUM_N % NUM_M * BLOCK_M
+            first_n = within % NUM_N * BLOCK_N
+            start = tl.load(offset_ptr + expert)
+            stop = tl.load(offset_ptr + expert + 1)
+            num_steps = tl.maximum(tl.cdiv(stop - start, BLOCK_K), 1)
+            token = start + lane_k
+            if GATHER_P or GATHER_Q:
+                token = tl.load(gather_ptr + token, mask=token < stop, other=0)
+        r = start + step * BLOCK_K
+        # both operands are masked: the next expert's rows must not count, and 0 * NaN is NaN
+        is_k = (r + lane_k < stop)[:, None]
         row_p = r + lane_k
         row_q = row_p
         if GATHER_P:
             row_p = token
         if GATHER_Q:
             row_q = token
-        if USE_TMA and GATHER_P:
-            mask = (r + lane_k < stop)[:, None] & is_m
-            p = tl.load(p_column_ptr + row_p.to(tl.int64)[:, None] * stride_p, mask=mask, other=0.0)
-        elif USE_TMA:
-            p = load_segment(p_desc, start, stop - start, r - start, half * M + first_m)
-        elif IS_EVEN:
-            p = tl.load(p_column_ptr + row_p.to(tl.int64)[:, None] * stride_p)
+        if USE_TMA and not GATHER_P:
+            p = load_segment(p_desc, start, stop - start, step * BLOCK_K, half * M + first_m)
         else:
-            p = tl.load(p_column_ptr + row_p.to(tl.int64)[:, None] * stride_p, mask=is_m, other=0.0)
-        if USE_TMA and GATHER_Q:
-            mask = (r + lane_k < stop)[:, None] & is_n
-            q = tl.load(q_column_ptr + row_q.to(tl.int64)[:, None] * stride_q, mask=mask, other=0.0)
-        elif USE_TMA:
-            q = load_segment(q_desc, start, stop - start, r - start, first_n)
-        elif IS_EVEN:
-            q = tl.load(q_column_ptr + row_q.to(tl.int64)[:, None] * stride_q)
+            p_place = p_ptr + (half * M + first_m + lane_m)[None, :] + row_p.to(tl.int64)[:, None] * stride_p
+            p = tl.load(p_place, mask=is_k & (first_m + lane_m < M)[None, :], other=0.0)
+        if USE_TMA and not GATHER_Q:
+            q = load_segment(q_desc, start, stop - start, step * BLOCK_K, first_n)
         else:
-            q = tl.load(q_column_ptr + row_q.to(tl.int64)[:, None] * stride_q, mask=is_n, other=0.0)
+            q_place = q_ptr + (first_n + lane_n)[None, :] + row_q.to(tl.int64)[:, None] * stride_q
+            q = tl.load(q_place, mask=is_k & (first_n + lane_n < N)[None, :], other=0.0)
         if GATHER_P or GATHER_Q:
+            # one step ahead: looked up in the step that uses them, tokens would take a stage of the pipeline
             following = r + BLOCK_K + lane_k
             token = tl.load(gather_ptr + following, mask=following < stop, other=0)
         acc = tl.dot(p.T, q, acc, input_precision=PRECISION, out_dtype=ACC)
-    if not USE_TMA and whole < stop:
-        # both operands are masked: the next expert's rows must not count, and 0 * NaN is NaN
-        is_k = (whole + lane_k < stop)[:, None]
-        row_p = whole + lane_k
-        row_q = row_p
-        if GATHER_P:
-            row_p = tl.load(gather_ptr + row_p, mask=row_p < stop, other=0)
-        if GATHER_Q:
-            row_q = tl.load(gather_ptr + row_q, mask=row_q < stop, other=0)
-        p = tl.load(p_column_ptr + row_p.to(tl.int64)[:, None] * stride_p, mask=is_k & is_m, other=0.0)
-        q = tl.load(q_column_ptr + row_q.to(tl.int64)[:, None] * stride_q, mask=is_k & is_n, other=0.0)
-        acc = tl.dot(p.T, q, acc, input_precision=PRECISION, out_dtype=ACC)
-    out_row_ptr = out_ptr + expert.to(tl.int64) * stride_expert + half.to(tl.int64) * stride_half
-    place = out_row_ptr + m.to(tl.int64)[:, None] * stride_m + n[None, :]
-    mask = (m < M)[:, None] & is_n
-    if ACCUMULATE:
-        acc += tl.load(place, mask=mask, other=0.0).to(ACC)
-    tl.store(place, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        if step == num_steps - 1:
+            m = first_m + lane_m
+            n = first_n + lane_n
+            out_row_ptr = out_ptr + expert.to(tl.int64) * stride_expert + half.to(tl.int64) * stride_half
+            place = out_row_ptr + m.to(tl.int64)[:, None] * stride_m + n[None, :]
+            mask = (m < M)[:, None] & (n < N)[None, :]
+            if ACCUMULATE:
+                acc += tl.load(place, mask=mask, other=0.0).to(ACC)
+            tl.store(place, acc.to(out_ptr.dtype.element_ty), mask=mask)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
 
 
 def grouped_matmul_bwd_weight(
@@ -322,12 +334,15 @@ def grouped_matmul_bwd_weight(
         p_desc = launch.describe_segments(p_RM, [tile.block_k, tile.block_m])
     if use_tma and not gather_q:
         q_desc = launch.describe_segments(q_RN, [tile.block_k, tile.block_n])
-    grid = E * halves * launch.cdiv(M, tile.block_m) * launch.cdiv(N, tile.block_n)
+    num_tiles = E * halves * launch.cdiv(M, tile.block_m) * launch.cdiv(N, tile.block_n)
+    # without a loop over tiles the hardware deals them out as programs end, which evens out ragged sums
+    grid = launch.num_programs(p_RM.device, num_tiles, tile.per_sm) if tile.flatten else num_tiles
     grouped_matmul_bwd_weight_kernel[(grid,)](
-        p_RM, p_desc, q_RN, q_desc, out.tensor, schedule.token_N, schedule.offset_E1,
+        p_RM, p_desc, q_RN, q_desc, out.tensor, schedule.token_N, schedule.offset_E1, E,
         p_RM.stride(0), q_RN.stride(0), *out.strides[:3],
         M=M, N=N, HALVES=halves, GATHER_P=gather_p, GATHER_Q=gather_q, ACCUMULATE=accumulate,
-        USE_TMA=use_tma, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        USE_TMA=use_tma, BINS=triton.next_power_of_2(E),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         **launch.formats(p_RM.dtype), **tile.launch_options(),
     )  # fmt: skip
 

@@ -25,6 +25,8 @@ class Tile:
     sides of a tile of the weight and block_k the rows it takes at a time. sub_tiles: into how many pieces of its
     columns the epilogue is cut: 1, 2, 4 or 8. per_sm: programs per multiprocessor. max_registers: of a thread, where
     the compiler would take more and so keep a second program off the multiprocessor; 0 leaves it to the compiler.
+    flatten: whether the loads of a program's next tile begin while this one is stored; for weight_bwd, which is then
+    run by as many programs as fit, without it by one program a tile.
     """
 
     block_m: int
