@@ -84,11 +84,11 @@ def parts(machine: str, python: str = sys.executable) -> tuple[Part, ...]:
     backends = (python, "benchmarks/bench_backends.py", "--machine", machine, "--device", "cuda", "--dtypes", "bf16")
     step = (python, "benchmarks/bench_step_gpu.py", "--machine", machine)
     return (
-        Part(name="tests", commands=((*pytest, *gpu_test_files(ROOT)),), limit_s=100),
+        Part(name="tests", commands=((*pytest, *gpu_test_files(ROOT)),), limit_s=85),
         Part(
             name="kernels",
             commands=((python, "benchmarks/bench_kernels.py", "--machine", machine),),
-            limit_s=50,
+            limit_s=40,
             results=(f"kernels_{machine}.csv",),
         ),
         Part(
@@ -112,7 +112,7 @@ def parts(machine: str, python: str = sys.executable) -> tuple[Part, ...]:
                 # offsets beyond 2^31: a peer that fails there takes the process with it
                 (*backends, "--shapes", "sonic_30b_n256", "--skews", "random", "--backends", "triton"),
             ),
-            limit_s=150,
+            limit_s=175,
             results=(f"backends_{machine}.csv",),
         ),
         Part(
