@@ -132,6 +132,41 @@ def test_bfloat16_follows_float32(pool):
             assert norm == pytest.approx(expected_norm, rel=3e-2)
 
 
+def summed_loop(is_ours: bool) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    """Steps of two micro-batches in bfloat16, their gradients summed by ours or by DeepSpeed's own way."""
+    from moe.train import engine as module
+    from moe.train.step import TrainStep
+
+    ours = module._sum_gradients_in_one_pass
+    if not is_ours:
+        module._sum_gradients_in_one_pass = lambda optimizer: None
+    try:
+        groups = ParallelGroups.create(ep_size=2, device=torch.device("cpu"))
+        model = Model(tiny_config(), groups=groups)
+        initialise(model, seed=0)
+        parallel = ParallelConfig(zero_stage=1, ep_size=2, dtype="bf16")
+        engine = module.Engine(model=model, groups=groups, optimizer=OPTIMIZER, parallel=parallel)
+    finally:
+        module._sum_gradients_in_one_pass = ours
+    train_step = TrainStep(engine=engine, groups=groups, balance=BALANCE, seed=0)
+    curve: list[Any] = []
+    for step in range(STEPS):
+        start = 4 * groups.rank
+        batches = [batch_of(step, start, start + 2), batch_of(step, start + 2, start + 4)]
+        record = train_step.run(batches, step=step, progress=0.0, learning_rate=1e-2)
+        curve.append((record.loss, record.grad_norm))
+    weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    engine.close()
+    return curve, weights
+
+
+def test_gradients_of_micro_batches_are_summed_as_deepspeed_sums_them_to_the_bit(pool):
+    ours, theirs = (pool.run(summed_loop, is_ours, world_size=2) for is_ours in (True, False))
+    for (curve, weights), (expected, expected_weights) in zip(ours, theirs, strict=True):
+        assert curve == expected
+        assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
+
+
 def skip_loop(stage: int) -> tuple[bool, bool, bool, bool]:
     """Train, poison one gradient on one rank, train on."""
     from moe.train.engine import Engine
