@@ -5,7 +5,7 @@
         --data.sources text /path/to/text --data.tokenizer /path/to/tokenizer
 
 Text and tokenizer are yours: folders of text, JSONL, parquet, a Hugging Face dataset, or Megatron token files.
-Not yet run on GPUs.
+Not yet run on 8 GPUs; steps of its layers on one are in docs/performance.md.
 """
 
 from moe.balance.load import BalanceConfig
