@@ -28,6 +28,7 @@ PASSED, FAILED = 0, 1  # pytest's exit codes; a defect may also kill the process
 
 UP, DOWN_BWD, GEMM = "experts_up.py", "experts_down_bwd.py", "grouped_gemm.py"
 COMBINE, EXPERTS, PARTS, PLACES = "combine.py", "experts.py", "parts.py", "route.py"
+STEPS = "    steps = tl.cdiv(stop - start, BLOCK_K)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +91,38 @@ TABLE: dict[tuple[str, str], list[tuple[str, str, str, str]]] = {
         ("last K block skipped", GEMM, "range(0, num_steps)", "range(0, num_steps - 1)"),
         ("tail of K one too long", GEMM, "is_k = lane_k < K - k", "is_k = lane_k <= K - k"),
         ("sums in float16", "launch.py", "torch.float64 else tl.float32", "torch.float64 else tl.float16"),
-        ("first half's rows twice", GEMM, "a_desc.load([start, half, k])", "a_desc.load([start, 0, k])"),
+        ("first half's rows twice", GEMM, "a_desc.load([start, half * K + k])", "a_desc.load([start, k])"),
         ("rows not held in the segment", GEMM, "row = tl.minimum(start + lane_m, stop - 1)", "row = start + lane_m"),
     ],
     ("test_numerics.py", "weight_gradients"): [
-        ("only q masked in the tail", GEMM, "mask=is_k & is_m", "mask=is_m"),
-        ("only p masked in the tail", GEMM, "mask=is_k & is_n", "mask=is_n"),
-        ("tail of one row dropped", GEMM, "    if whole < stop:", "    if whole + 1 < stop:"),
-        ("no zeros for an empty expert", GEMM, "[:, None] & is_n\n", "[:, None] & is_n & (start < stop)\n"),
+        ("only q masked in the tail", GEMM, "mask=is_k & (first_m", "mask=(first_m"),
+        ("only p masked in the tail", GEMM, "mask=is_k & (first_n", "mask=(first_n"),
+        ("last row of a segment dropped", GEMM, "is_k = (r + lane_k < stop)", "is_k = (r + lane_k < stop - 1)"),
+        ("segment ends a row early", PARTS, "RAGGED - num_rows + row,", "RAGGED - num_rows + row + 1,"),
+        (
+            "no zeros for an empty expert",
+            GEMM,
+            "(n < N)[None, :]\n            if",
+            "(n < N)[None, :] & (start < stop)\n            if",
+        ),
+        (
+            "steps of empty experts not counted",
+            GEMM,
+            "    steps = tl.maximum(tl.cdiv(stop - start, BLOCK_K), 1)",
+            STEPS,
+        ),
+        (
+            "tokens of this step for those of the next",
+            GEMM,
+            "following = r + BLOCK_K + lane_k",
+            "following = r + lane_k",
+        ),
+        (
+            "sum carried into the next tile",
+            GEMM,
+            "mask=mask)\n            acc = tl.zeros",
+            "mask=mask)\n            none = tl.zeros",
+        ),
         ("adds to memory nobody wrote", GEMM, "    if ACCUMULATE:", "    if True:"),
     ],
     ("test_numerics.py", "segment_sums or combine"): [

@@ -101,6 +101,30 @@ def test_weight_gradients_keep_the_error_bound_of_every_element(dtype, M: int, N
     assert torch.equal(outside.isnan(), out._base.isnan())
 
 
+@pytest.mark.parametrize("gathers", ["p", "q", "neither"])
+def test_weight_gradients_end_with_the_segment_where_descriptors_read_and_programs_take_many_tiles(gathers) -> None:
+    M, N, halves = 40, 24, 2 if gathers == "q" else 1
+    token_N, expert_N = rows_of_counts()
+    p, q = torch.randn(55, halves * M), torch.randn(55, N)
+    tile = table()["interpreter_tma"].tiles["weight_bwd"]
+    assert tile.use_tma and tile.flatten
+    schedule = schedule_rows(token_N, expert_N, 3, block_m=16)
+    offsets, token_R = schedule.offset_E1.tolist(), schedule.token_N.long()
+    # the last expert's rows are NaN in what is read by descriptor: the first one's must not see them
+    for rows in [rows for rows, name in ((p, "p"), (q, "q")) if name != gathers]:
+        rows[offsets[2] :] = float("nan")
+    out = torch.full((3, halves * M, N), float("nan"))
+    weights = Weights(out, (3, halves, M, N), (halves * M * N, M * N, N, 1))
+    gathered = {"gather_p": gathers == "p", "gather_q": gathers == "q"}
+    grouped_matmul_bwd_weight(p, q, weights, schedule, tile, **gathered)
+    rows = slice(offsets[0], offsets[1])
+    p_RM = p[token_R[rows]] if gathers == "p" else p[rows]
+    q_RN = q[token_R[rows]] if gathers == "q" else q[rows]
+    assert_within_rounding(out[0], p_RM.T, q_RN)
+    assert out[1].count_nonzero() == 0
+    assert out[2].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_segment_sums_keep_the_error_bound_of_every_element(dtype) -> None:
     token_N, expert_N = rows_of_counts()
