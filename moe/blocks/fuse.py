@@ -14,16 +14,18 @@ def fused_on_gpu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     Elsewhere it runs as it stands, so a CPU computes to the bit what is written. The first call on a GPU takes some
     seconds. TORCH_COMPILE_DISABLE=1 in the environment switches compilation off.
     """
-    compiled: Callable[..., Tensor] | None = None
 
     @functools.wraps(function)
     def call(first: Tensor, *others: Any) -> Tensor:
-        nonlocal compiled
         # inside a model that is compiled as a whole it is part of that
         if not first.is_cuda or torch.compiler.is_compiling():
             return function(first, *others)
-        if compiled is None:
-            compiled = torch.compile(function)
-        return compiled(first, *others)
+        return _compiled(function)(first, *others)
 
     return call
+
+
+@functools.cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    # when it is first called, not when it is defined: importing the compiler takes a second
+    return torch.compile(function)

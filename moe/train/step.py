@@ -181,6 +181,14 @@ class TrainStep:
         totals = sums.flat()
         if self._groups.data_group is not None:
             dist.all_reduce(totals, group=self._groups.data_group)
+        # everything the log wants in one transfer: each of its own would let a GPU wait for the host once more
+        is_finite = torch.stack(sums.is_finite)
+        counts_N = totals.new_empty(0) if counts_LE is None else counts_LE.flatten()
+        fetched = torch.cat([totals, counts_N.double(), is_finite.double()]).cpu()
+        totals, counts_N, is_finite = fetched.split([totals.numel(), counts_N.numel(), is_finite.numel()])
+        if counts_LE is not None:
+            counts_LE = counts_N.long().view(counts_LE.shape)
+        active_LE = None if sums.active_LE is None else sums.active_LE.cpu()
         head, totals = totals[: _StepSums.NUM_HEAD].tolist(), totals[_StepSums.NUM_HEAD :]
         loss, lm_loss, z_sum, entropy_sum, num_dropped, domain_sum, num_right = head
         ratio, num_supervised_rows = math.nan, 0
@@ -211,9 +219,9 @@ class TrainStep:
             domain_accuracy=num_right / num_supervised_rows if num_supervised_rows else None,
             grad_norm=result.grad_norm,
             is_skipped=result.is_skipped,
-            bad_micro_batches=tuple(i for i, ok in enumerate(sums.is_finite) if not ok),
-            load=load_figures(counts_LE, sums.active_LE) if counts_LE is not None else None,
-            tokens_per_expert_LE=counts_LE.cpu() if counts_LE is not None else None,
+            bad_micro_batches=tuple(i for i, ok in enumerate(is_finite.tolist()) if not ok),
+            load=load_figures(counts_LE, active_LE) if counts_LE is not None else None,
+            tokens_per_expert_LE=counts_LE,
         )
 
     def _sum_ints(self, *values: int) -> list[int]:

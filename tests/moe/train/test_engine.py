@@ -148,6 +148,7 @@ def summed_loop(is_ours: bool) -> tuple[list[tuple[float, float]], dict[str, Ten
         engine = module.Engine(model=model, groups=groups, optimizer=OPTIMIZER, parallel=parallel)
     finally:
         module._sum_gradients_in_one_pass = ours
+    assert ("_sum_gradients_in_one_pass" in engine.zero_optimizer._update_hp_grad.__qualname__) == is_ours
     train_step = TrainStep(engine=engine, groups=groups, balance=BALANCE, seed=0)
     curve: list[Any] = []
     for step in range(STEPS):
