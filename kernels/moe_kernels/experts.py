@@ -190,6 +190,13 @@ def experts_bwd(
     if needs_down_bias:
         ddown_bias = segment_sum(dy_TD, plan, scale_N=weight_N)
     del a_NF, partial_NP
+    if needs_x:
+        # before dW1 is there: the rows of dX are the largest tensor of all, and gone once they are summed
+        back = whole_weights(gate_up_E2FD) if form.is_paired else first.transposed()
+        dx_ND = grouped_matmul(dh_NH, back, plan, entry["matmul"])
+        rows = TokenRows(fan_out=fan_out, first_T1=first_T1, row_N=row_N)
+        dx = combine.combine(dx_ND, plan.position_N, rows, num_tokens=x_TD.shape[0])
+        del dx_ND
     if needs_gate_up:
         dgate_up, adds = gate_up_sum_E2FD, gate_up_sum_E2FD is not None
         dgate_up = _like(gate_up_E2FD) if dgate_up is None else dgate_up
@@ -198,11 +205,6 @@ def experts_bwd(
         dgate_up_bias = segment_sum(dh_NH, plan)
         if form.is_interleaved and not form.is_paired:
             dgate_up_bias = dgate_up_bias.unflatten(1, (2, -1)).mT.flatten(1)
-    if needs_x:
-        back = whole_weights(gate_up_E2FD) if form.is_paired else first.transposed()
-        dx_ND = grouped_matmul(dh_NH, back, plan, entry["matmul"])
-        rows = TokenRows(fan_out=fan_out, first_T1=first_T1, row_N=row_N)
-        dx = combine.combine(dx_ND, plan.position_N, rows, num_tokens=x_TD.shape[0])
     if gate_up_sum_E2FD is not None:
         dgate_up = dy_TD.new_empty(0)
     if down_sum_EDF is not None:
