@@ -18,7 +18,6 @@ Contenders: BACKENDS, and peers.py.
 """
 
 import dataclasses
-import datetime
 import statistics
 import time
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ import tyro
 from cuda_timing import peak_mib, time_on_cuda
 from layers import CARD, LAYERS, Layer, least_ms
 from peers import PEERS, Request, compiling_in_parallel
-from result_rows import append_rows, current_commit, describe_device, driver, print_rows, triton_version
+from result_rows import append_rows, describe_device, print_rows, provenance
 from torch import Tensor
 
 from moe_kernels.backends import BACKENDS, ExpertsBackend
@@ -307,7 +306,7 @@ def bench(shape: Layer, dtype: str, skew: str, options: Options) -> tuple[list[R
         saved = {name: round(saved_bytes(contender, case) / 2**20, 2) for name, contender in on_cpu.items()}
         measured = {name: Measured(times, saved.get(name)) for name, times in timings.items()}
     is_measured_card = is_cuda and CARD in describe_device(device)
-    rows = []
+    rows, place = [], provenance(device)
     for name, entry in measured.items():
         for mode, flops in FLOPS.items():
             ordered = sorted(times[mode] for times in entry.times)
@@ -315,12 +314,7 @@ def bench(shape: Layer, dtype: str, skew: str, options: Options) -> tuple[list[R
             others = (measured.get(other) for other in ("naive", "dense"))
             to_naive, to_dense = (paired(entry.times, other and other.times, mode) for other in others)
             row = Row(
-                date=datetime.date.today().isoformat(),
-                commit=current_commit(),
-                device=describe_device(device),
-                driver=driver() if is_cuda else "",
-                torch=torch.__version__,
-                triton=triton_version(),
+                **place,
                 threads=options.threads,
                 clock="cuda" if is_cuda else options.clock,
                 dtype=dtype,

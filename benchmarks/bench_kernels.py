@@ -11,7 +11,7 @@ shows what the product alone costs in a kernel that is not ours. bfloat16, rando
 """
 
 import dataclasses
-import datetime
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import torch
 import triton
 import tyro
 from layers import LAYERS, Layer, Work, kernel_work
-from result_rows import append_rows, current_commit, driver
+from result_rows import append_rows, provenance
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -30,9 +30,20 @@ from moe_kernels.experts_down_bwd import down_bwd
 from moe_kernels.experts_up import up
 from moe_kernels.grouped_gemm import grouped_matmul, grouped_matmul_bwd_weight
 from moe_kernels.spec import PLAIN
+from moe_kernels.tiles import Tile
 
 RESULTS = Path(__file__).parent / "results"
 DENSE = 8192  # rows and columns of the dense product that sets the roof
+Product = Callable[[Tile], list[Tensor]]
+# the matrix kernels of layers.kernel_work -> their name in tiles.json
+TILE_OF = {
+    "up": "up",
+    "down": "matmul",
+    "down_bwd": "down_bwd",
+    "dW2": "weight_bwd",
+    "dX": "matmul",
+    "dW1": "weight_bwd",
+}
 COPIED = 2**32  # bytes of the copy that sets the roof
 
 
@@ -132,33 +143,54 @@ def draw_tensors(layer: Layer, entry: str | None) -> Tensors:
     )  # fmt: skip
 
 
-def calls_of(data: Tensors) -> dict[str, Callable[[], object]]:
-    """Return one call per kernel, as the layer makes it; `schedule` and `dweight` beside those of kernel_work."""
-    T, _, _, E, K = data.layer
-    plan, rows, tile = data.routed.schedule, data.routed.rows, tiles.table()[data.entry].tiles
+def products_of(data: Tensors) -> dict[str, Product]:
+    """Return one call per matrix kernel, as the layer makes it; given a tile, it returns what the kernel makes."""
+    plan = data.routed.schedule
     w1, w2 = experts.first_weights(data.gate_up_E2FD, PLAIN), experts.second_weights(data.down_EDF, PLAIN)
     dw1 = experts.first_weights(torch.empty_like(data.gate_up_E2FD), PLAIN)
     dw2 = experts.second_weights(torch.empty_like(data.down_EDF), PLAIN)
+
+    def bwd_down(tile: Tile) -> list[Tensor]:
+        tensors = (data.dy_TD, w2.transposed(), data.h_NH, data.weight_N)
+        return list(down_bwd(*tensors, plan, tile, spec=PLAIN, bias_ED=None)[:2])  # parts differ from tile to tile
+
+    def first_gradient(tile: Tile) -> list[Tensor]:
+        grouped_matmul_bwd_weight(data.dh_NH, data.x_TD, dw1, plan, tile, gather_q=True)
+        return [dw1.tensor]
+
+    def second_gradient(tile: Tile) -> list[Tensor]:
+        grouped_matmul_bwd_weight(data.dy_TD, data.a_NF, dw2, plan, tile, gather_p=True)
+        return [dw2.tensor]
+
+    return {
+        "up": lambda tile: list(up(data.x_TD, w1, plan, tile, spec=PLAIN, bias_EH=None, keep_hidden=True)),
+        "down": lambda tile: [grouped_matmul(data.a_NF, w2, plan, tile)],
+        "down_bwd": bwd_down,
+        "dW2": second_gradient,
+        "dX": lambda tile: [grouped_matmul(data.dh_NH, w1.transposed(), plan, tile)],
+        "dW1": first_gradient,
+    }
+
+
+def calls_of(data: Tensors) -> dict[str, Callable[[], object]]:
+    """Return one call per kernel, in the order of a layer; `schedule` and `dweight` beside those of kernel_work."""
+    T, _, _, E, K = data.layer
+    plan, rows, tile = data.routed.schedule, data.routed.rows, tiles.table()[data.entry].tiles
     sizes = {"num_tokens": T, "num_experts": E, "fan_out": min(K, E)}
     route = (data.token_N, data.expert_N)
+    calls = {name: functools.partial(call, tile[TILE_OF[name]]) for name, call in products_of(data).items()}
     return {
         "schedule": lambda: experts.route_rows(*route, **sizes, itemsize=2, tiles=data.entry),
-        "up": lambda: up(data.x_TD, w1, plan, tile["up"], spec=PLAIN, bias_EH=None, keep_hidden=True),
-        "down": lambda: grouped_matmul(data.a_NF, w2, plan, tile["matmul"]),
+        "up": calls["up"],
+        "down": calls["down"],
         "combine": lambda: combine.combine(data.y_ND, plan.position_N, rows, num_tokens=T, weight_N=data.weight_N),
-        "down_bwd": lambda: down_bwd(
-            data.dy_TD, w2.transposed(), data.h_NH, data.weight_N, plan, tile["down_bwd"], spec=PLAIN, bias_ED=None
-        ),
+        "down_bwd": calls["down_bwd"],
         "dweight": lambda: combine.weight_gradient(data.partial_NP, plan.position_N, dtype=torch.float32),
-        "dW2": lambda: grouped_matmul_bwd_weight(
-            data.dy_TD, data.a_NF, dw2, plan, tile["weight_bwd"], gather_p=True
-        ),
-        "dX": lambda: grouped_matmul(data.dh_NH, w1.transposed(), plan, tile["matmul"]),
+        "dW2": calls["dW2"],
+        "dX": calls["dX"],
         "reduce": lambda: combine.combine(data.y_ND, plan.position_N, rows, num_tokens=T),
-        "dW1": lambda: grouped_matmul_bwd_weight(
-            data.dh_NH, data.x_TD, dw1, plan, tile["weight_bwd"], gather_q=True
-        ),
-    }  # fmt: skip
+        "dW1": calls["dW1"],
+    }
 
 
 def others_of(data: Tensors) -> dict[str, Callable[[], object]]:
@@ -174,6 +206,11 @@ def others_of(data: Tensors) -> dict[str, Callable[[], object]]:
         "dX": lambda: functional.grouped_mm(data.dh_NH, gate_up, offs=offs_E),
         "dW1": lambda: functional.grouped_mm(data.dh_NH.mT, x_ND, offs=offs_E),
     }
+
+
+def layer_of(name: str, options: Options) -> Layer:
+    """Return the layer of that name, with as many tokens as asked for."""
+    return LAYERS[name]._replace(T=options.tokens or LAYERS[name].T)
 
 
 def time_ms(call: Callable[[], object]) -> tuple[float, float, float]:
@@ -193,9 +230,9 @@ def measure_roof() -> tuple[float, float]:
 
 def bench(name: str, options: Options, roof: tuple[float, float]) -> list[Row]:
     """Return one row per kernel of the layer."""
-    layer = LAYERS[name]._replace(T=options.tokens or LAYERS[name].T)
+    layer = layer_of(name, options)
     data = draw_tensors(layer, options.entry)
-    work, others, rows = kernel_work(layer), others_of(data), []
+    work, others, rows, place = kernel_work(layer), others_of(data), [], provenance(data.x_TD.device)
     dense, copy = roof
     for kernel, call in calls_of(data).items():
         p20_ms, p50_ms, p80_ms = time_ms(call)
@@ -203,12 +240,7 @@ def bench(name: str, options: Options, roof: tuple[float, float]) -> list[Row]:
         compute_ms, memory_ms = known.flops / dense / 1e9, known.bytes / copy / 1e9
         is_known = kernel in work
         row = Row(
-            date=datetime.date.today().isoformat(),
-            commit=current_commit(),
-            device=torch.cuda.get_device_name(),
-            driver=driver(),
-            torch=torch.__version__,
-            triton=triton.__version__,
+            **place,
             layer=name,
             **layer._asdict(),
             tiles=data.entry,
@@ -255,9 +287,7 @@ def main(options: Options) -> None:
         raise ValueError(f"no layer is called {', '.join(unknown)}; known are {', '.join(LAYERS)}")
     if options.once:
         for name in options.layers:
-            for call in calls_of(
-                draw_tensors(LAYERS[name]._replace(T=options.tokens or LAYERS[name].T), options.entry)
-            ).values():
+            for call in calls_of(draw_tensors(layer_of(name, options), options.entry)).values():
                 call()
         torch.cuda.synchronize()
         return

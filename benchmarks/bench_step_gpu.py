@@ -17,7 +17,6 @@ the loss stays in the graph. "none" hides the routings from the step: no statist
 the global load-balancing loss, with everything that is logged beside it, is the difference of the first to the last.
 """
 
-import datetime
 import gc
 import importlib.metadata
 import statistics
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 import tyro
-from result_rows import append_rows, current_commit, describe_device, driver, triton_version
+from result_rows import append_rows, provenance
 from step_contenders import Contender, ours, theirs
 from step_profile import PartRow, draw, part_rows, print_kernels, print_parts, print_waits, profile, wait_for
 from torch import Tensor
@@ -80,8 +79,6 @@ class Options:
     """Name of the kind of machine in the names of the files. Empty: only print."""
     results: Path = RESULTS
     """Folder of the files."""
-    commit: str = ""
-    """Where the files are no repository: the commit they are of."""
     keep_traces: bool = False
     """Keep the raw profiles in the same folder."""
     tiny: bool = False
@@ -230,7 +227,7 @@ def make_rows(
         rows.append(
             Row(
                 **stamp,
-                **library_versions(),
+                transformers=importlib.metadata.version("transformers"),
                 contender=contender.name,
                 balance_coefficient=coefficient,
                 p20_ms=p20,
@@ -246,16 +243,6 @@ def make_rows(
             )
         )
     return rows
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions that every row of steps shares."""
-    return {
-        "driver": driver(),
-        "torch": torch.__version__,
-        "triton": triton_version(),
-        "transformers": importlib.metadata.version("transformers"),
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,9 +355,7 @@ def main(options: Options) -> None:
     show_expected(config, options)
     dense = options.dense_tflops or (dense_tflops(device) if device.type == "cuda" else None)
     stamp = {
-        "date": datetime.date.today().isoformat(),
-        "commit": options.commit or current_commit(),
-        "device": describe_device(device),
+        **provenance(device),
         "layers": options.layers,
         "micro_batches": options.micro_batches,
         "sequences": options.micro_batches * options.sequences,

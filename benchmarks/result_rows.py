@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import datetime
 import importlib.metadata
 import platform
 import subprocess
@@ -56,6 +57,18 @@ def triton_version() -> str:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """Return what every row says of when, of what and on what it was measured."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": current_commit(),
+        "device": describe_device(device),
+        "driver": driver() if device.type == "cuda" else "",
+        "torch": torch.__version__,
+        "triton": triton_version(),
+    }
 
 
 def append_rows(path: Path, rows: list[Any]) -> None:

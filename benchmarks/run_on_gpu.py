@@ -61,13 +61,15 @@ class Outcome:
 
 
 def gpu_test_files(root: Path) -> tuple[str, ...]:
-    """Return the files of kernel tests that ask for a GPU and can be imported; the log of the part names them."""
-    files = sorted((root / "tests/moe_kernels").rglob("test_*.py"))
+    """Return the files of tests that ask for a GPU and can be imported; the log of the part names them."""
+    files = sorted((root / "tests").rglob("test_*.py"))
     texts = {str(file.relative_to(root)): file.read_text(encoding="utf-8") for file in files}
     # tests that draw their own cases need one package more
     lacks_hypothesis = importlib.util.find_spec("hypothesis") is None
     return tuple(
-        name for name, text in texts.items() if "mark.gpu" in text and not (lacks_hypothesis and "hypothesis" in text)
+        name
+        for name, text in texts.items()
+        if "pytest.mark.gpu" in text and not (lacks_hypothesis and "hypothesis" in text)
     )
 
 
@@ -80,7 +82,8 @@ def parts(machine: str, python: str = sys.executable) -> tuple[Part, ...]:
     smallest = (python, "benchmarks/smallest_layer.py")
     sanitizer = ("compute-sanitizer", "--error-exitcode=1", "--report-api-errors=no", "--tool")
     # sonicmoe_one is untuned: tuning SonicMoE or Liger takes longer than all of this (docs/performance.md)
-    peers = ("torch_grouped", "transformers_grouped_mm", "scattermoe", "sonicmoe_one")
+    torch_s = ("torch_grouped", "transformers_grouped_mm")
+    peers = (*torch_s, "scattermoe", "sonicmoe_one")
     backends = (python, "benchmarks/bench_backends.py", "--machine", machine, "--device", "cuda", "--dtypes", "bf16")
     step = (python, "benchmarks/bench_step_gpu.py", "--machine", machine)
     return (
@@ -95,20 +98,9 @@ def parts(machine: str, python: str = sys.executable) -> tuple[Part, ...]:
             name="backends",
             commands=(
                 (*backends, *MODELS, "--skews", "random", "skewed", "--backends", "triton", *peers),
-                (
-                    *backends,
-                    *MODELS,
-                    "--tokens",
-                    "2048",
-                    "8192",
-                    "--skews",
-                    "random",
-                    "--backends",
-                    "triton",
-                    *peers[:2],
-                ),
-                (*backends, *MODELS, "--skews", "heavy", "--backends", "triton", *peers[:2]),
-                (*backends, *OTHER_MODELS, "--skews", "random", "--backends", "triton", *peers[:2]),
+                (*backends, *MODELS, "--tokens", "2048", "8192", "--skews", "random", "--backends", "triton", *torch_s),
+                (*backends, *MODELS, "--skews", "heavy", "--backends", "triton", *torch_s),
+                (*backends, *OTHER_MODELS, "--skews", "random", "--backends", "triton", *torch_s),
                 # offsets beyond 2^31: a peer that fails there takes the process with it
                 (*backends, "--shapes", "sonic_30b_n256", "--skews", "random", "--backends", "triton"),
             ),
@@ -120,7 +112,6 @@ def parts(machine: str, python: str = sys.executable) -> tuple[Part, ...]:
             commands=(step, (*step, "--micro-batches", "8", "--profiled", "0", "--rounds", "4", "--warmup", "1")),
             limit_s=110,
             results=(f"step_gpu_{machine}.csv", f"step_parts_{machine}.csv"),
-            needs=("benchmarks/bench_step_gpu.py",),
         ),
         Part(
             name="sanitizer",

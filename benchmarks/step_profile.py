@@ -60,6 +60,9 @@ class PartRow:
     date: str
     commit: str
     device: str
+    driver: str
+    torch: str
+    triton: str
     layers: int
     micro_batches: int
     sequences: int

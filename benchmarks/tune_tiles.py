@@ -24,26 +24,19 @@ from typing import Literal
 import torch
 import triton
 import tyro
-from bench_kernels import Tensors, draw_tensors
+from bench_kernels import TILE_OF, Product, Tensors, draw_tensors, products_of
 from layers import LAYERS, Layer, kernel_work
 from rich.console import Console
 
-from moe_kernels import experts, launch, tiles
-from moe_kernels.experts_down_bwd import down_bwd, experts_bwd_down_kernel
-from moe_kernels.experts_up import experts_fwd_up_kernel, up
-from moe_kernels.grouped_gemm import (
-    grouped_matmul,
-    grouped_matmul_bwd_weight,
-    grouped_matmul_bwd_weight_kernel,
-    grouped_matmul_fwd_kernel,
-)
-from moe_kernels.spec import PLAIN
+from moe_kernels import launch, tiles
+from moe_kernels.experts_down_bwd import experts_bwd_down_kernel
+from moe_kernels.experts_up import experts_fwd_up_kernel
+from moe_kernels.grouped_gemm import grouped_matmul_bwd_weight_kernel, grouped_matmul_fwd_kernel
 from moe_kernels.testing import rms_ratio
 from moe_kernels.tiles import TABLE, Tile
 
-Call = Callable[[Tile], list[torch.Tensor]]
 # which kernels of layers.kernel_work an entry's kernel does
-WORK = {"up": ("up",), "matmul": ("down", "dX"), "down_bwd": ("down_bwd",), "weight_bwd": ("dW1", "dW2")}
+WORK = {kernel: tuple(name for name in TILE_OF if TILE_OF[name] == kernel) for kernel in tiles.KERNELS}
 JITTED = {
     "up": experts_fwd_up_kernel,
     "matmul": grouped_matmul_fwd_kernel,
@@ -93,31 +86,14 @@ def candidates(kernel: str, block_m: int, use_tma: bool) -> Iterator[Tile]:
                 )
 
 
-def calls_of(data: Tensors) -> dict[str, Call]:
-    """Return one call per kernel of the table, as the layer makes it."""
-    plan = data.routed.schedule
-    w1, w2 = experts.first_weights(data.gate_up_E2FD, PLAIN), experts.second_weights(data.down_EDF, PLAIN)
-    dw1 = experts.first_weights(torch.empty_like(data.gate_up_E2FD), PLAIN)
-    dw2 = experts.second_weights(torch.empty_like(data.down_EDF), PLAIN)
+def calls_of(data: Tensors) -> dict[str, Product]:
+    """Return one call per kernel of the table: all the products that it makes in the layer."""
+    products = products_of(data)
 
-    def weight_bwd(tile: Tile) -> list[torch.Tensor]:
-        grouped_matmul_bwd_weight(data.dh_NH, data.x_TD, dw1, plan, tile, gather_q=True)
-        grouped_matmul_bwd_weight(data.dy_TD, data.a_NF, dw2, plan, tile, gather_p=True)
-        return [dw1.tensor, dw2.tensor]
+    def calls(kernel: str) -> Product:
+        return lambda tile: [answer for name in WORK[kernel] for answer in products[name](tile)]
 
-    def bwd_down(tile: Tile) -> list[torch.Tensor]:
-        tensors = (data.dy_TD, w2.transposed(), data.h_NH, data.weight_N)
-        return list(down_bwd(*tensors, plan, tile, spec=PLAIN, bias_ED=None)[:2])
-
-    return {
-        "up": lambda tile: list(up(data.x_TD, w1, plan, tile, spec=PLAIN, bias_EH=None, keep_hidden=True)),
-        "matmul": lambda tile: [
-            grouped_matmul(data.a_NF, w2, plan, tile),
-            grouped_matmul(data.dh_NH, w1.transposed(), plan, tile),
-        ],
-        "down_bwd": bwd_down,
-        "weight_bwd": weight_bwd,
-    }
+    return {kernel: calls(kernel) for kernel in WORK}
 
 
 def num_spills(kernel: str) -> int:
@@ -163,7 +139,7 @@ def time_ms(call: Callable[[], object], rep: int = 60) -> float:
     return triton.testing.do_bench(call, warmup=10, rep=rep, return_mode="median")
 
 
-def tune(call: Call, kernel: str, start: Tile, tried: list[Tile], console: Console) -> tuple[Tile, float]:
+def tune(call: Product, kernel: str, start: Tile, tried: list[Tile], console: Console) -> tuple[Tile, float]:
     """Return the fastest tile and its milliseconds; the tile of the table is the one to beat."""
     expected = [answer.clone() for answer in call(start)]
     timed = [(time_ms(lambda: call(start)), start)]

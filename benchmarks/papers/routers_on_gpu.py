@@ -28,7 +28,6 @@ nothing about a run alone.
 """
 
 import dataclasses
-import datetime
 import math
 import subprocess
 import sys
@@ -44,7 +43,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.append(str(Path(__file__).parents[1]))  # a script finds its own folder, not the one above
-from result_rows import append_rows, current_commit, describe_device, driver, triton_version
+from result_rows import append_rows, provenance
 
 from moe.balance.load import BalanceConfig
 from moe.blocks.chain import ChainConfig
@@ -210,12 +209,7 @@ def train(name: str, options: Options) -> None:
     data = open_prepared(only_folder(ROOT / options.data), weights={})
     loop = Loop(setup_of(name, options), data, device=device, dtype=torch.bfloat16 if is_cuda else torch.float32)
     place = {
-        "date": datetime.date.today().isoformat(),
-        "commit": current_commit(),
-        "device": describe_device(device),
-        "driver": driver() if is_cuda else "",
-        "torch": torch.__version__,
-        "triton": triton_version(),
+        **provenance(device),
         "contender": name,
         "seed": options.seed,
         "steps": options.steps,

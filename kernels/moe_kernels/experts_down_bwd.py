@@ -23,17 +23,6 @@ WIDEST_GPT_OSS = 128  # columns of a tile: its clamps take registers, and 256 co
 
 
 @triton.jit
-def load_hidden(row_ptr, is_row, column, F: tl.constexpr, HALVES: tl.constexpr):
-    """Return (gate, up) of these columns of H; the gate twice where there is no other half."""
-    mask = is_row[:, None] & (column < F)[None, :]
-    gate = tl.load(row_ptr + column[None, :], mask=mask, other=0.0)
-    up = gate
-    if HALVES == 2:
-        up = tl.load(row_ptr + F + column[None, :], mask=mask, other=0.0)
-    return gate, up
-
-
-@triton.jit
 def experts_bwd_down_kernel(
     dy_ptr,
     weight_ptr,
@@ -115,9 +104,10 @@ def experts_bwd_down_kernel(
         for i in tl.static_range(SUB_TILES):
             column = tile_n * BLOCK_N + i * WIDTH + tl.arange(0, WIDTH)
             mask = is_row[:, None] & (column < F)[None, :]
-            gate, up = load_hidden(hidden_row_ptr, is_row, column, F, HALVES)
-            gate = gate.to(ACC)
-            up = up.to(ACC)
+            gate = tl.load(hidden_row_ptr + column[None, :], mask=mask, other=0.0).to(ACC)
+            up = gate
+            if HALVES == 2:
+                up = tl.load(hidden_row_ptr + F + column[None, :], mask=mask, other=0.0).to(ACC)
             a = activate(gate, up, ACTIVATION)
             part += tl.sum(tl.where(mask, pieces[i] * a, 0.0), axis=1)
             dgate, dup = activate_backward(pieces[i] * row_weight, gate, up, ACTIVATION)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 INTERPRETED_PROGRAMS = 3  # so few that a program takes several tiles and the loop over them is tested
-RAGGED = 2**30  # rows that a tensor read in segments may have; parts.load_segment has it too
+RAGGED = 2**30  # rows that a tensor read in segments may have
 TMA_ALIGNMENT = 16  # bytes, of a descriptor's base and strides
 
 

@@ -7,8 +7,10 @@ Each activation has a plain twin in moe_kernels.activation.
 import triton
 import triton.language as tl
 
+from moe_kernels import launch
+
 GROUP = tl.constexpr(8)  # row tiles that share the columns of one expert before the next columns are begun
-RAGGED = tl.constexpr(2**30)  # launch.RAGGED
+RAGGED = tl.constexpr(launch.RAGGED)
 LOG2_E = tl.constexpr(1.4426950408889634)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
